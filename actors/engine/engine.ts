@@ -1,0 +1,344 @@
+/**
+ * The engine: sequences over a pool of KV blocks, run step by step on the kernels. Plain code without bus or Effect; it is
+ * driven by calls between steps and speaks to its callers through sinks.
+ *
+ * A generation: `reserve` (waits for blocks) -> `sink.reserved` -> `prefill` -> first tokens to the prefill sink -> the
+ * others to the decode sink -> `ended`. `cancel` takes effect at the next step's boundary.
+ */
+import { limits } from "../../config/limits.ts"
+import type { Engine as Kernels, StepResult } from "../../kernels/index.ts"
+import { Fault } from "../runtime/fault.ts"
+import type { BlockHash } from "../messages/hashes.ts"
+import { BlockManager, type BlockEvents } from "./block-manager.ts"
+import { composeBatch, readOutput, type Output } from "./batch.ts"
+import { compose, type Budget, type Chunk } from "./composer.ts"
+import { Group, type DecodeSink, type GenerationSpec, type PrefillSink, type Sequence } from "./sequence.ts"
+import { SequenceQueue } from "./sequence-queue.ts"
+
+export interface EngineOptions {
+  /** Names the engine in faults, for example "worker w0". */
+  readonly name: string
+  /** Most sequences at once. */
+  readonly maxBatch: number
+  readonly events?: BlockEvents
+  readonly budget?: Partial<Budget>
+}
+
+/** What the engine needs of kernels' Engine. */
+export type StepKernels = Pick<Kernels, "info" | "createSampler" | "freeSampler" | "step" | "exportBlock" | "importBlock" | "copyBlock">
+
+export class Engine {
+  readonly blocks: BlockManager
+  readonly blockTokens: number
+  readonly #kernels: StepKernels
+  readonly #options: EngineOptions
+  readonly #budget: Budget
+  readonly #groups = new Map<string, Group>()
+  readonly #queue: SequenceQueue
+  #arrivals = 0
+  #stepping = false
+  #closed = false
+  #wake: (() => void) | undefined
+  readonly #loop: Promise<void>
+  /** Settles when a step has failed: the engine is of no use any more, and its owner makes a new one. */
+  readonly broken: Promise<Error>
+  #break: (error: Error) => void = () => {}
+  /** Totals since the start. */
+  readonly counters = { steps: 0, promptTokens: 0, cachedTokens: 0, outputTokens: 0, computeMs: 0 }
+
+  constructor(kernels: StepKernels, options: EngineOptions) {
+    this.#kernels = kernels
+    this.#options = options
+    this.blockTokens = kernels.info.blockTokens
+    this.blocks = new BlockManager(kernels.info.blocks, options.events)
+    this.#budget = { tokens: limits.stepTokens, mixedTokens: limits.mixedStepTokens, outputs: limits.stepOutputs, ...options.budget }
+    this.#queue = new SequenceQueue({
+      blocks: this.blocks,
+      blockTokens: this.blockTokens,
+      maxBatch: options.maxBatch,
+      copyBlock: (from, to) => kernels.copyBlock(from, to),
+    })
+    this.broken = new Promise((resolve) => (this.#break = resolve))
+    this.#loop = this.#run()
+  }
+
+  get load(): { readonly sequences: number; readonly waiting: number; readonly preemptions: number } {
+    return { sequences: this.#queue.running.length, waiting: this.#queue.waiting.length, preemptions: this.#queue.preemptions }
+  }
+
+  get requestIds(): Array<string> {
+    return [...this.#groups.values()].map(({ spec }) => spec.requestId)
+  }
+
+  /**
+   * Takes blocks for a generation, now or when some are free; `sink.reserved` tells. Throws a Fault when it can never fit:
+   * its tokens are more than the context or the pool holds, or its choices more than a batch does.
+   */
+  reserve(spec: GenerationSpec, sink: DecodeSink): void {
+    const refuse = (code: "context_length_exceeded" | "invalid_request" | "shutting_down", message: string, param?: string) => {
+      throw new Fault({ code, message, hop: this.#options.name, param })
+    }
+    if (this.#closed) refuse("shutting_down", `${this.#options.name} is stopping`)
+    if (this.#groups.has(spec.id)) refuse("invalid_request", `transfer ${spec.id} exists already`)
+    if (spec.choices > this.#options.maxBatch) refuse("invalid_request", `n: ${spec.choices} choices are more than the ${this.#options.maxBatch} sequences that ${this.#options.name} decodes at once`, "n")
+    const { contextLength, vocabulary } = this.#kernels.info
+    const tokens = spec.prompt.length + spec.maxTokens
+    const pool = this.blocks.total * this.blockTokens
+    if (tokens > contextLength) refuse("context_length_exceeded", `${spec.prompt.length} prompt tokens and ${spec.maxTokens} more are over the context of ${contextLength}`)
+    if (tokens > pool) refuse("context_length_exceeded", `${spec.prompt.length} prompt tokens and ${spec.maxTokens} more are over the ${pool} tokens that the KV pool of ${this.#options.name} holds`)
+    for (const list of [spec.prompt, ...spec.delivered]) {
+      const strange = list.find((token) => token < 0 || token >= vocabulary)
+      if (strange !== undefined) refuse("invalid_request", `token ${strange} is not in the vocabulary of ${vocabulary}`, "prompt")
+    }
+    if (spec.prompt.length === 0) refuse("invalid_request", "the prompt has no tokens", "prompt")
+    const group = new Group(spec, this.#arrivals++, sink)
+    this.#groups.set(spec.id, group)
+    this.#queue.waiting.push(...group.sequences)
+    this.#notify()
+  }
+
+  /** Begins to compute a reserved generation's prompt. Throws a Fault when there is no such reservation. */
+  prefill(id: string, sink: PrefillSink): void {
+    const group = this.#groups.get(id)
+    if (group === undefined || group.cancelled) throw new Fault({ code: "unavailable", message: `${this.#options.name} has no reservation ${id}`, hop: this.#options.name })
+    if (group.prefill !== undefined) throw new Fault({ code: "invalid_request", message: `the prompt of ${id} is being computed already`, hop: this.#options.name })
+    group.prefill = sink
+    this.#notify()
+  }
+
+  /** The blocks that a reserved generation lacks: their place in its table, and their hashes. */
+  missingBlocks(id: string): { readonly from: number; readonly hashes: ReadonlyArray<BlockHash> } {
+    const sequence = this.#groups.get(id)?.sequences[0]
+    if (sequence === undefined || sequence.group.spec.promptLogprobs) return { from: 0, hashes: [] }
+    const from = Math.floor(sequence.computed / this.blockTokens)
+    const full = Math.floor((sequence.length - 1) / this.blockTokens)
+    sequence.hashUpTo(full * this.blockTokens, this.blockTokens)
+    return { from, hashes: sequence.hashes.slice(from, full) }
+  }
+
+  /**
+   * Writes the next block of a reservation that has not begun, in the wire layout. False when it is not wanted any more.
+   */
+  importBlock(id: string, place: number, bytes: Uint8Array): boolean {
+    const group = this.#groups.get(id)
+    const sequence = group?.sequences[0]
+    if (group === undefined || sequence === undefined || group.cancelled || group.prefill !== undefined || !group.reserved) return false
+    if (sequence.computed !== place * this.blockTokens || (place + 1) * this.blockTokens >= sequence.length) return false
+    this.#kernels.importBlock(sequence.table[place]!, bytes)
+    sequence.computed += this.blockTokens
+    group.cachedTokens += this.blockTokens
+    this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!)
+    return true
+  }
+
+  /** A copy of the block with this content in the wire layout; undefined when it is not here any more. */
+  exportBlock(hash: BlockHash): Uint8Array | undefined {
+    const block = this.blocks.acquire(hash)
+    if (block === undefined) return undefined
+    const bytes = new Uint8Array(this.#kernels.info.blockBytes)
+    this.#kernels.exportBlock(block, bytes)
+    this.blocks.release([block])
+    return bytes
+  }
+
+  /** Ends one choice, whose text is complete: now, or at the end of the step in flight. */
+  finish(id: string, choice: number): void {
+    const sequence = this.#groups.get(id)?.sequences.find((sequence) => sequence.choice === choice)
+    if (sequence === undefined) return
+    sequence.stopped = true
+    this.#notify()
+  }
+
+  /** Tells that a paused generation's reader takes tokens again. */
+  resume(): void {
+    this.#notify()
+  }
+
+  /** Stops a generation and frees its blocks: now, or at the end of the step in flight. Its sinks hear nothing more. */
+  cancel(id: string): void {
+    const group = this.#groups.get(id)
+    if (group === undefined) return
+    group.cancelled = true
+    if (!this.#stepping) this.#drop(group)
+    this.#notify()
+  }
+
+  /** Fails every generation, waits for the step in flight, and ends. The kernels are the caller's to close. */
+  async close(): Promise<void> {
+    this.#closed = true
+    this.#notify()
+    await this.#loop
+    this.#failAll("shutting_down", `${this.#options.name} is stopping`)
+  }
+
+  /** Throws when a block is lost or counted wrong. For tests, and when idle. */
+  checkInvariants(): void {
+    this.blocks.check([...this.#groups.values()].flatMap(({ sequences }) => sequences.map(({ table }) => table)))
+  }
+
+  #notify(): void {
+    this.#wake?.()
+    this.#wake = undefined
+  }
+
+  async #run(): Promise<void> {
+    await Promise.resolve() // the constructor's caller finishes first
+    while (!this.#closed) {
+      this.#reap()
+      this.#announce(this.#queue.admit())
+      const chunks = this.#queue.ensureBlocks(compose(this.#queue.running, this.#budget))
+      if (chunks.length === 0) {
+        await new Promise<void>((resolve) => (this.#wake = resolve))
+        continue
+      }
+      try {
+        const { batch, outputs } = composeBatch(chunks, (sequence, choice) => this.#samplerOf(sequence, choice))
+        this.#stepping = true
+        const result = await this.#kernels.step(batch)
+        this.#stepping = false
+        this.#apply(chunks, outputs, result)
+      } catch (error) {
+        this.#stepping = false
+        this.#closed = true
+        this.#failAll("disconnected", `${this.#options.name}: a step failed`)
+        this.#break(error instanceof Error ? error : new Error(String(error)))
+      }
+    }
+  }
+
+  /** At a step's boundary: what was cancelled or stopped while it ran. */
+  #reap(): void {
+    for (const group of [...this.#groups.values()]) {
+      for (const sequence of group.sequences) if (sequence.stopped && !sequence.finished) this.#finish(sequence)
+      if (group.cancelled) this.#drop(group)
+      else this.#finishPrefill(group)
+    }
+  }
+
+  #announce(admitted: ReadonlyArray<Sequence>): void {
+    for (const { group } of admitted) {
+      if (group.reserved || !group.sequences.every(({ running }) => running)) continue
+      group.reserved = true
+      group.cachedTokens = group.sequences[0]!.computed
+      group.sink.reserved(group.cachedTokens)
+    }
+  }
+
+  #samplerOf({ group: { spec, samplers } }: Sequence, choice: number): number {
+    return (samplers[choice] ??= this.#kernels.createSampler(
+      { ...spec.sampling, suppressedTokens: spec.suppressedTokens, choice },
+      spec.prompt,
+      spec.delivered[choice] ?? new Int32Array(0),
+    ))
+  }
+
+  #apply(chunks: ReadonlyArray<Chunk>, outputs: ReadonlyArray<Output>, result: StepResult): void {
+    this.counters.steps++
+    this.counters.computeMs += result.computeMs
+    for (const { sequence, tokens } of chunks) {
+      const sealed = Math.floor(sequence.computed / this.blockTokens)
+      sequence.computed += tokens
+      sequence.hashUpTo(sequence.computed, this.blockTokens)
+      for (let place = sealed; (place + 1) * this.blockTokens <= sequence.computed; place++) this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!)
+      if (!sequence.group.prefillDone) sequence.group.computedTokens += tokens
+    }
+    this.#reportScores(outputs, result)
+    // All choices fork before any of them draws, since one that ends at once gives its blocks back.
+    const drawing = outputs.map(({ sequence, draws }) => (draws === undefined || draws === sequence.choice ? sequence : this.#fork(sequence, draws)))
+    outputs.forEach(({ draws }, index) => {
+      const sequence = drawing[index]!
+      if (draws !== undefined && !sequence.group.cancelled && !sequence.stopped) this.#draw(sequence, readOutput(result, index, sequence.group.spec.logprobs))
+    })
+    for (const { sequence } of chunks) this.#finishPrefill(sequence.group)
+  }
+
+  #fork(sequence: Sequence, choice: number): Sequence {
+    const fork = this.#queue.fork(sequence, choice)
+    sequence.group.sequences.push(fork)
+    return fork
+  }
+
+  #draw(sequence: Sequence, drawn: ReturnType<typeof readOutput>): void {
+    const { group } = sequence
+    const { spec } = group
+    const index = sequence.outputLength
+    sequence.append(drawn.token)
+    this.counters.outputTokens++
+    const full = sequence.outputLength >= spec.maxTokens || sequence.length >= this.#kernels.info.contextLength
+    const finish = spec.stopTokens.has(drawn.token) ? "stop" : full ? "length" : ""
+    const event = { ...drawn, choice: sequence.choice, index, finish } as const
+    if (group.prefillDone) group.sink.token(event)
+    else group.prefill?.token(event)
+    if (finish !== "") this.#finish(sequence)
+  }
+
+  #finish(sequence: Sequence): void {
+    const { group } = sequence
+    this.#queue.remove(sequence)
+    sequence.finished = true
+    this.#freeSampler(group, sequence.choice)
+  }
+
+  /** After the step that drew the first token of every choice: the prompt's part is over. */
+  #finishPrefill(group: Group): void {
+    if (group.cancelled || !this.#groups.has(group.spec.id)) return
+    const begun = group.sequences.every((sequence) => sequence.finished || sequence.outputLength > (group.spec.delivered[sequence.choice]?.length ?? 0))
+    const scoredOnly = group.spec.maxTokens === 0 && group.sequences.every(({ pending }) => pending === 0)
+    if (!group.prefillDone && (begun || scoredOnly)) {
+      group.prefillDone = true
+      this.counters.promptTokens += group.spec.prompt.length
+      this.counters.cachedTokens += group.cachedTokens
+      group.prefill?.done(group.cachedTokens, group.computedTokens)
+    }
+    if (scoredOnly || group.sequences.every(({ finished }) => finished)) {
+      this.#drop(group)
+      group.sink.ended()
+    }
+  }
+
+  /** Log probabilities of the prompt, a run of positions a call. */
+  #reportScores(outputs: ReadonlyArray<Output>, result: StepResult): void {
+    for (let from = 0; from < outputs.length; ) {
+      const { sequence, scores: position } = outputs[from]!
+      let to = from + 1
+      while (to < outputs.length && outputs[to]!.sequence === sequence && outputs[to]!.scores !== undefined) to++
+      if (position !== undefined && !sequence.group.cancelled) {
+        const width = Math.max(0, sequence.group.spec.logprobs)
+        const tops = Array.from({ length: to - from }, (_, i) => readOutput(result, from + i, width))
+        sequence.group.scoredTo = position + to - from
+        sequence.group.prefill?.scores({
+          position,
+          width,
+          logprobs: result.logprobs.slice(from, to),
+          topTokens: Int32Array.from(tops.flatMap(({ topTokens }) => topTokens)),
+          topLogprobs: Float32Array.from(tops.flatMap(({ topLogprobs }) => topLogprobs)),
+        })
+      }
+      from = to
+    }
+  }
+
+  #freeSampler(group: Group, choice: number): void {
+    const sampler = group.samplers[choice]
+    if (sampler === undefined) return
+    this.#kernels.freeSampler(sampler)
+    delete group.samplers[choice]
+  }
+
+  /** Forgets a generation and frees what it holds. */
+  #drop(group: Group): void {
+    this.#groups.delete(group.spec.id)
+    this.#queue.removeGroup(group)
+    group.samplers.forEach((_, choice) => this.#freeSampler(group, choice))
+  }
+
+  #failAll(code: "disconnected" | "shutting_down", message: string): void {
+    const fault = new Fault({ code, message, hop: this.#options.name })
+    for (const group of [...this.#groups.values()]) {
+      this.#drop(group)
+      if (group.cancelled) continue
+      group.prefill?.failed(fault)
+      group.sink.failed(fault)
+    }
+  }
+}

@@ -1,0 +1,146 @@
+/**
+ * A generation inside the engine: one group a request, one sequence a choice. A sequence is its tokens, how many of them
+ * have KV, and the table of blocks that hold it; prefill, decode and recomputation differ only in how many are missing.
+ */
+import type { Fault } from "../runtime/fault.ts"
+import type { PromptScores } from "../messages/prefill.ts"
+import type { TokenEvent } from "../messages/decode.ts"
+import type { Sampling } from "../messages/sampling.ts"
+import type { BlockHash } from "../messages/hashes.ts"
+import { blockHash } from "./block-hash.ts"
+
+export interface GenerationSpec {
+  readonly id: string
+  readonly requestId: string
+  readonly hashRoot: BlockHash
+  readonly prompt: Int32Array
+  /** What each choice has drawn already, elsewhere; empty where the generation is new. */
+  readonly delivered: ReadonlyArray<Int32Array>
+  readonly choices: number
+  /** Choices that need no more tokens. */
+  readonly finished: ReadonlyArray<number>
+  readonly sampling: Sampling
+  /** Tokens of each choice in all. */
+  readonly maxTokens: number
+  readonly stopTokens: ReadonlySet<number>
+  readonly suppressedTokens: ReadonlyArray<number>
+  /** Top log probabilities of each token; -1: none at all. */
+  readonly logprobs: number
+  readonly promptLogprobs: boolean
+}
+
+/** Who hears of a generation's place and of the tokens after the first. Calls come between steps and must not throw. */
+export interface DecodeSink {
+  reserved(prefixTokens: number): void
+  token(event: TokenEvent): void
+  ended(): void
+  failed(fault: Fault): void
+  /** False while the reader is behind: the sequences pause, and keep their blocks. */
+  writable(): boolean
+}
+
+/** Who hears of a generation's prompt and first tokens. */
+export interface PrefillSink {
+  scores(scores: PromptScores): void
+  token(event: TokenEvent): void
+  done(cachedTokens: number, computedTokens: number): void
+  failed(fault: Fault): void
+}
+
+export class Group {
+  readonly spec: GenerationSpec
+  readonly arrival: number
+  readonly sink: DecodeSink
+  /** Set when prefill may begin. */
+  prefill: PrefillSink | undefined
+  sequences: Array<Sequence>
+  /** Numbers of the native samplers, by choice; made when a choice first draws. */
+  readonly samplers: Array<number> = []
+  reserved = false
+  prefillDone = false
+  cancelled = false
+  cachedTokens = 0
+  computedTokens = 0
+  /** Prompt positions below this have been scored. */
+  scoredTo = 1
+
+  constructor(spec: GenerationSpec, arrival: number, sink: DecodeSink) {
+    this.spec = spec
+    this.arrival = arrival
+    this.sink = sink
+    this.sequences = spec.delivered.some((tokens) => tokens.length > 0)
+      ? spec.delivered.flatMap((tokens, choice) => (spec.finished.includes(choice) ? [] : [new Sequence(this, choice, tokens)]))
+      : [new Sequence(this, 0, new Int32Array(0))] // the other choices fork from it once the prompt is computed
+  }
+
+  /** Choices that have no sequence of their own yet. */
+  get unforked(): number {
+    const forks = !this.prefillDone && this.sequences.length === 1 && this.spec.delivered.every((tokens) => tokens.length === 0)
+    return forks ? this.spec.choices - 1 : 0
+  }
+}
+
+export class Sequence {
+  readonly group: Group
+  readonly choice: number
+  #tokens: Int32Array
+  length: number
+  /** Leading tokens whose KV is in the pool. */
+  computed = 0
+  /** Block i holds tokens i * blockTokens …; leading ones may be shared. */
+  table: Array<number> = []
+  /** Chained hashes of the full blocks that were computed or looked up. */
+  hashes: Array<BlockHash> = []
+  /** Has blocks for all its tokens. */
+  running = false
+  finished = false
+  /** To be finished at the next step's boundary. */
+  stopped = false
+
+  constructor(group: Group, choice: number, delivered: Int32Array) {
+    this.group = group
+    this.choice = choice
+    this.length = group.spec.prompt.length + delivered.length
+    this.#tokens = new Int32Array(this.length + 64)
+    this.#tokens.set(group.spec.prompt)
+    this.#tokens.set(delivered, group.spec.prompt.length)
+  }
+
+  /** A further choice from the end of this one's prompt, sharing its blocks; the caller counts the references. */
+  fork(choice: number): Sequence {
+    const fork = new Sequence(this.group, choice, new Int32Array(0))
+    fork.running = this.running
+    fork.computed = this.computed
+    fork.table = [...this.table]
+    fork.hashes = [...this.hashes]
+    return fork
+  }
+
+  get outputLength(): number {
+    return this.length - this.group.spec.prompt.length
+  }
+
+  get pending(): number {
+    return this.length - this.computed
+  }
+
+  tokens(from: number, to: number): Int32Array {
+    return this.#tokens.subarray(from, to)
+  }
+
+  append(token: number): void {
+    if (this.length === this.#tokens.length) {
+      const larger = new Int32Array(2 * this.length)
+      larger.set(this.#tokens)
+      this.#tokens = larger
+    }
+    this.#tokens[this.length++] = token
+  }
+
+  /** Extends the known hashes over the full blocks of the first `tokens` tokens. */
+  hashUpTo(tokens: number, blockTokens: number): void {
+    for (let end = (this.hashes.length + 1) * blockTokens; end <= tokens; end += blockTokens) {
+      this.hashes.push(blockHash(this.hashes.at(-1) ?? this.group.spec.hashRoot, this.tokens(end - blockTokens, end)))
+    }
+  }
+}

@@ -1,0 +1,48 @@
+/**
+ * Blocks by key under a limit of bytes; the least recently used go first. Pure data: the KV-store actor's policy.
+ */
+export class BlockCache {
+  readonly #capacityBytes: number
+  /** Least recently used first (a Map keeps the order of insertion). */
+  readonly #blocks = new Map<string, Uint8Array>()
+  #bytes = 0
+
+  constructor(capacityBytes: number) {
+    this.#capacityBytes = capacityBytes
+  }
+
+  get bytes(): number {
+    return this.#bytes
+  }
+
+  get size(): number {
+    return this.#blocks.size
+  }
+
+  has(key: string): boolean {
+    return this.#blocks.has(key)
+  }
+
+  /** The block, which becomes the most recently used. */
+  get(key: string): Uint8Array | undefined {
+    const bytes = this.#blocks.get(key)
+    if (bytes === undefined) return undefined
+    this.#blocks.delete(key)
+    this.#blocks.set(key, bytes)
+    return bytes
+  }
+
+  /** Keeps a block, evicting others for it. False when it is larger than the whole cache. */
+  put(key: string, bytes: Uint8Array): boolean {
+    if (bytes.byteLength > this.#capacityBytes) return false
+    if (this.get(key) !== undefined) return true
+    this.#blocks.set(key, bytes)
+    this.#bytes += bytes.byteLength
+    for (const [oldest, evicted] of this.#blocks) {
+      if (this.#bytes <= this.#capacityBytes) break
+      this.#blocks.delete(oldest)
+      this.#bytes -= evicted.byteLength
+    }
+    return true
+  }
+}

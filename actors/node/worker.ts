@@ -1,0 +1,85 @@
+/**
+ * A worker: one device, its weights and KV pool, and the prefill and decode actors over one engine. It runs until its
+ * engine breaks; its supervisor then makes a new one under a later epoch.
+ */
+import { Effect, type Scope } from "effect"
+import { limits } from "../../config/limits.ts"
+import { Engine as Kernels, type EngineOptions } from "../../kernels/index.ts"
+import type { Bus } from "../runtime/bus.ts"
+import { Link } from "../runtime/link.ts"
+import { Heartbeat, Leave, type HeartbeatMessage, type Role } from "../messages/scheduler.ts"
+import { anyId, subject } from "../messages/subjects.ts"
+import { decodeActor } from "../decode/decode.ts"
+import { StoreWriter } from "../decode/store-writer.ts"
+import { Engine } from "../engine/engine.ts"
+import type { Worker } from "../engine/worker.ts"
+import { prefillActor } from "../prefill/prefill.ts"
+import { KvEventLog } from "./kv-event-log.ts"
+
+export interface WorkerOptions {
+  readonly bus: Bus
+  readonly cluster: string
+  readonly id: string
+  readonly roles: ReadonlyArray<Role>
+  readonly maxBatch: number
+  readonly formatId: string
+  readonly kernels: EngineOptions
+}
+
+/** The worker could not be made: a model that cannot be loaded, memory that is not there. */
+export class WorkerError extends Error {
+  readonly _tag = "WorkerError"
+}
+
+/** What `/actors` and tests see of a running worker. */
+export interface RunningWorker {
+  readonly worker: Worker
+  readonly kernels: Kernels
+}
+
+const asError = (error: unknown): WorkerError => new WorkerError(error instanceof Error ? error.message : String(error))
+
+/** Runs a worker of this epoch until it breaks. `serving` is called when its actors listen. */
+export const worker = (options: WorkerOptions, epoch: number, serving: (running: RunningWorker) => Effect.Effect<void>): Effect.Effect<never, WorkerError, Scope.Scope> =>
+  Effect.gen(function* () {
+    const { bus, cluster, id, roles, maxBatch, formatId } = options
+    const link = (role: string) => new Link(bus, `${role} ${id}`, epoch)
+    const kernels = yield* Effect.acquireRelease(Effect.tryPromise({ try: () => Kernels.load(options.kernels), catch: asError }), (loaded) => Effect.promise(() => loaded.close()))
+    const events = new KvEventLog()
+    const storeWriter = new StoreWriter()
+    const engine = yield* Effect.acquireRelease(
+      Effect.sync(
+        () =>
+          new Engine(kernels, {
+            name: `worker ${id}`,
+            maxBatch,
+            events: {
+              stored: (hash) => {
+                events.stored(hash)
+                storeWriter.stored(hash)
+              },
+              removed: (hash) => events.removed(hash),
+            },
+          }),
+      ),
+      (made) => Effect.promise(() => made.close()),
+    )
+    const made: Worker = { id, epoch, engine, formatId }
+    if (roles.includes("prefill")) yield* prefillActor({ link: link("prefill"), cluster, worker: made, nextEventId: () => events.nextEventId })
+    if (roles.includes("decode")) yield* decodeActor({ link: link("decode"), cluster, worker: made })
+    yield* storeWriter.run({ link: link("store-writer"), cluster, worker: made })
+    yield* events.run({ link: link("worker"), cluster, worker: id, epoch })
+
+    const scheduler = (verb: string) => subject(cluster, "scheduler", anyId, verb)
+    const state = (): HeartbeatMessage => {
+      const { sequences, waiting } = engine.load
+      const load = { sequences, waiting, maxBatch, blocks: engine.blocks.total, freeBlocks: engine.blocks.available, blockTokens: engine.blockTokens }
+      return { worker: id, epoch, roles: [...roles], load, requests: engine.requestIds, nextEventId: events.nextEventId }
+    }
+    const beat = Effect.ignore(Effect.suspend(() => link("worker").tell(Heartbeat, scheduler(Heartbeat.verb), state())))
+    yield* Effect.addFinalizer(() => Effect.ignore(link("worker").tell(Leave, scheduler(Leave.verb), { worker: id, epoch })))
+    yield* beat
+    yield* Effect.forkScoped(Effect.forever(Effect.andThen(Effect.sleep(limits.heartbeatIntervalMs), beat)))
+    yield* serving({ worker: made, kernels })
+    return yield* Effect.flatMap(Effect.promise(() => engine.broken), (error) => Effect.fail(asError(error)))
+  })

@@ -1,0 +1,147 @@
+/**
+ * The life of one request: place -> reserve at decode -> prefill -> relay tokens. What fails and may be tried again is
+ * placed again with the tokens so far, so that a dead worker costs time and not the answer.
+ */
+import { Effect, Exit } from "effect"
+import { limits } from "../../config/limits.ts"
+import { Fault } from "../runtime/fault.ts"
+import type { Link } from "../runtime/link.ts"
+import type { StreamReader, StreamWriter } from "../runtime/stream.ts"
+import { decodeDecodeFrame, Finish, Reserve, type TokenEvent, type Transfer } from "../messages/decode.ts"
+import { packHashes } from "../messages/hashes.ts"
+import { decodePrefillFrame, Prefill, type PromptScores } from "../messages/prefill.ts"
+import { encodeGenerateEvent, type GenerateEvent, type GenerateMessage, type TokenLogprob } from "../messages/request.ts"
+import { Place, Prefilled, Release, type Placement } from "../messages/scheduler.ts"
+import { anyId, subject } from "../messages/subjects.ts"
+import { packTokens } from "../messages/tokens.ts"
+import { tokenLogprob } from "./choice-output.ts"
+import type { Prepared, ServedModel } from "./prepare.ts"
+
+export interface GenerateOptions {
+  readonly link: Link
+  readonly cluster: string
+  readonly model: ServedModel
+}
+
+/** Scored prompt tokens of one event: 20 alternatives each still fit a message. */
+const scoresOfEvent = 128
+
+/** Serves one request into `writer`; fails with the Fault that the client gets. */
+export const generate = (options: GenerateOptions, message: GenerateMessage, request: Prepared, writer: StreamWriter): Effect.Effect<void, Fault> =>
+  Effect.gen(function* () {
+    const { link, cluster, model } = options
+    const { outputs } = request
+    const finished = () => outputs.every(({ finish }) => finish !== undefined)
+    let exclude: ReadonlyArray<string> = []
+    let cachedTokens: number | undefined
+    let failingSinceMs: number | undefined
+
+    const emit = (event: GenerateEvent): void => writer.write(encodeGenerateEvent(event))
+    const announce = (cached: number): void => {
+      if (cachedTokens !== undefined) return // told by an earlier placement
+      cachedTokens = cached
+      emit({ type: "prompt", tokens: packTokens(request.prompt), text: request.text, cachedTokens: cached })
+    }
+    const push = (event: TokenEvent, transfer: Transfer): void => {
+      const output = outputs[event.choice]
+      if (output === undefined || output.finish !== undefined) return
+      if (event.index !== output.tokens.length) throw new Fault({ code: "internal", message: `${link.sender}: token ${event.index} of choice ${event.choice} came in place of ${output.tokens.length}`, hop: link.sender })
+      emit(output.push(event))
+      // A stop string is seen here only; decode goes on with the other choices.
+      if (event.finish === "" && output.finish !== undefined && !finished()) {
+        const { worker, id: transferId } = transfer
+        Effect.runFork(Effect.ignore(link.tell(Finish, subject(cluster, "decode", worker, Finish.verb), { transferId, choice: event.choice })))
+      }
+    }
+
+    const attempt = (key: { readonly requestId: string; readonly attempt: number }) =>
+      Effect.gen(function* () {
+        const sequence = request.sequence(key.attempt)
+        const delivered = Math.max(0, ...outputs.map(({ tokens }) => tokens.length))
+        const placement: Placement = yield* link.ask(
+          Place,
+          subject(cluster, "scheduler", anyId, Place.verb),
+          { ...key, tokens: request.prompt.length + delivered, hashes: packHashes(request.hashes), choices: message.choices, maxTokens: request.maxTokens, exclude },
+          { hop: "scheduler", deadlineMs: limits.placementDeadlineMs },
+        )
+        yield* Effect.gen(function* () {
+          const decode = yield* opened(link.open(Reserve, subject(cluster, "decode", placement.decode, Reserve.verb), sequence, { hop: `decode ${placement.decode}` }))
+          const transfer = yield* plain(() => reserved(decode))
+          const prefill = yield* opened(link.open(Prefill, subject(cluster, "prefill", placement.prefill, Prefill.verb), { sequence, transfer }, { hop: `prefill ${placement.prefill}` }))
+          yield* plain(() => relayPrefill(prefill, transfer))
+          yield* link.tell(Prefilled, subject(cluster, "scheduler", anyId, Prefilled.verb), key)
+          yield* plain(() => relayTokens(decode, transfer))
+        }).pipe(Effect.scoped, Effect.tapError(() => Effect.sync(() => void (exclude = [...exclude, placement.decode]))))
+      }).pipe(Effect.onExit(() => Effect.ignore(link.tell(Release, subject(cluster, "scheduler", anyId, Release.verb), key))))
+
+    const reserved = async (stream: StreamReader): Promise<Transfer> => {
+      const frame = await stream.next()
+      const first = frame === undefined ? undefined : decodeDecodeFrame(frame)
+      if (first?.type !== "reserved") throw new Fault({ code: "internal", message: "decode: the reservation did not come first", hop: "decode" })
+      return first.transfer
+    }
+
+    const relayPrefill = async (stream: StreamReader, transfer: Transfer): Promise<void> => {
+      const first: Array<TokenEvent> = []
+      if (message.promptLogprobs) announce(0)
+      if (message.promptLogprobs && scored === 0) emitScores([{ ...tokenLogprob(model.tokenizer, { token: request.prompt[0]!, logprob: 0, topTokens: [], topLogprobs: [] }), logprob: null }])
+      for await (const bytes of stream) {
+        const frame = decodePrefillFrame(bytes)
+        if (frame.type === "token") first.push(frame.event)
+        else if (frame.type === "done") announce(frame.cachedTokens)
+        else emitScores(scoresFrom(frame.scores))
+        if (!writer.writable) await writer.untilWritable()
+      }
+      for (const event of first) push(event, transfer)
+    }
+
+    let scored = 0 // prompt tokens that the client has the scores of
+    const scoresFrom = (scores: PromptScores): Array<TokenLogprob> => {
+      const { position, width, logprobs, topTokens, topLogprobs } = scores
+      return Array.from(logprobs, (logprob, i) => ({ i, logprob }))
+        .slice(Math.max(0, scored - position))
+        .map(({ i, logprob }) => {
+          const tops = (array: Int32Array | Float32Array) => Array.from(array.subarray(i * width, (i + 1) * width))
+          return tokenLogprob(model.tokenizer, { token: request.prompt[position + i]!, logprob, topTokens: tops(topTokens), topLogprobs: tops(topLogprobs) })
+        })
+    }
+    const emitScores = (logprobs: ReadonlyArray<TokenLogprob>): void => {
+      for (let from = 0; from < logprobs.length; from += scoresOfEvent) emit({ type: "scores", logprobs: logprobs.slice(from, from + scoresOfEvent) })
+      scored += logprobs.length
+    }
+
+    /** Once a token: plain code, paused while the client is behind, which in turn pauses decode. */
+    const relayTokens = async (stream: StreamReader, transfer: Transfer): Promise<void> => {
+      for await (const bytes of stream) {
+        const frame = decodeDecodeFrame(bytes)
+        if (frame.type === "token") push(frame.event, transfer)
+        if (finished()) return
+        failingSinceMs = undefined
+        if (!writer.writable) await writer.untilWritable()
+      }
+      if (!finished() && request.maxTokens > 0) throw new Fault({ code: "disconnected", message: `decode ${transfer.worker}: ended before the answer`, hop: `decode ${transfer.worker}` })
+    }
+
+    for (let tries = 0; !finished(); tries++) {
+      const key = { requestId: message.requestId, attempt: message.attempt * limits.placementAttempts + tries }
+      const outcome = yield* Effect.exit(attempt(key))
+      if (Exit.isSuccess(outcome)) break
+      const fault = yield* Effect.flip(Effect.failCause(outcome.cause))
+      const nowMs = performance.now()
+      failingSinceMs ??= nowMs
+      const last = tries + 1 >= limits.placementAttempts || nowMs - failingSinceMs > limits.recoveryDeadlineMs
+      if (last || !fault.retryable || fault.code === "overloaded") return yield* Effect.fail(fault)
+      yield* Effect.sleep(Math.min(limits.restartDelayMs * 2 ** tries, limits.restartDelayMaxMs))
+    }
+    if (cachedTokens === undefined) announce(0)
+    // A choice of no tokens has no delta of its own to finish it.
+    if (request.maxTokens === 0) for (const { choice } of outputs) emit({ type: "delta", choice, text: "", tokens: [], logprobs: undefined, finish: "length" })
+    const completionTokens = outputs.reduce((sum, { tokens }) => sum + tokens.length, 0)
+    emit({ type: "done", usage: { promptTokens: request.prompt.length, completionTokens, cachedTokens: cachedTokens ?? 0 } })
+  }).pipe(Effect.withSpan("request.generate"))
+
+/** A stream that is cancelled when the scope closes, whether it has ended or not. */
+const opened = (open: Effect.Effect<StreamReader>) =>
+  Effect.acquireRelease(open, (stream) => Effect.sync(() => stream.cancel("the request is over")))
+
+const plain = <A>(run: () => Promise<A>): Effect.Effect<A, Fault> => Effect.tryPromise({ try: run, catch: (error) => Fault.from(error, "request") })

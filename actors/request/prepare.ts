@@ -1,0 +1,94 @@
+/**
+ * A request as the engine needs it: its prompt as tokens, its bounds, and the sequence message that decode and prefill get.
+ */
+import { Fault } from "../runtime/fault.ts"
+import type { SequenceMessage } from "../messages/decode.ts"
+import { packHashes, type BlockHash } from "../messages/hashes.ts"
+import type { GenerateMessage } from "../messages/request.ts"
+import { packTokens, unpackTokens } from "../messages/tokens.ts"
+import { chainHashes, hashRoot } from "../engine/block-hash.ts"
+import { ChatTemplate } from "./chat-template.ts"
+import { ChoiceOutput } from "./choice-output.ts"
+import type { Tokenizer } from "./tokenizer.ts"
+
+/** What request actors know of the model that is served. */
+export interface ServedModel {
+  readonly tokenizer: Tokenizer
+  readonly template: ChatTemplate
+  readonly modelDigest: string
+  readonly formatId: string
+  readonly blockTokens: number
+  /** Most tokens of a sequence: the model's context, or what the KV pool holds where that is less. */
+  readonly contextTokens: number
+}
+
+export interface Prepared {
+  readonly prompt: Int32Array
+  readonly text: string
+  readonly hashes: ReadonlyArray<BlockHash>
+  readonly maxTokens: number
+  readonly outputs: ReadonlyArray<ChoiceOutput>
+  /** The message for decode, as of the tokens that `outputs` have now. */
+  sequence(attempt: number): SequenceMessage
+}
+
+const hop = "request"
+
+const tokenise = ({ tokenizer, template, contextTokens }: ServedModel, prompt: GenerateMessage["prompt"]): Int32Array => {
+  switch (prompt.kind) {
+    case "chat":
+      return Int32Array.from(template.encode(prompt.messages, { limit: contextTokens }))
+    case "text":
+      return Int32Array.from(tokenizer.encode(prompt.text, { special: true, bos: true, limit: contextTokens }))
+    case "tokens":
+      return unpackTokens(prompt.tokens, "prompt")
+  }
+}
+
+/** Throws a Fault that names the field at fault. */
+export const prepare = (model: ServedModel, message: GenerateMessage): Prepared => {
+  const { tokenizer, contextTokens } = model
+  const prompt = tokenise(model, message.prompt)
+  const param = message.prompt.kind === "chat" ? "messages" : "prompt"
+  if (prompt.length === 0) throw new Fault({ code: "invalid_request", message: `${param}: there are no tokens in it`, hop, param })
+  const outside = prompt.find((token) => token < 0 || token >= tokenizer.vocabulary)
+  if (outside !== undefined) throw new Fault({ code: "invalid_request", message: `${param}: token ${outside} is not in 0 … ${tokenizer.vocabulary - 1}`, hop, param })
+  const room = contextTokens - prompt.length
+  const wanted = message.maxTokens ?? room
+  if (room < Math.min(1, wanted)) {
+    throw new Fault({ code: "context_length_exceeded", message: `${param}: at most ${contextTokens - 1} prompt tokens can be served here, this one has more`, hop, param })
+  }
+  const maxTokens = Math.min(wanted, room)
+  const ends = [...tokenizer.endOfGeneration]
+  const stopTokens = [...message.stopTokenIds, ...(message.ignoreEos ? [] : ends)]
+  const outputs = Array.from({ length: message.choices }, (_, choice) => {
+    const output = new ChoiceOutput({ tokenizer, choice, stop: message.stop, stopTokens: new Set(stopTokens), maxTokens, logprobs: message.logprobs !== undefined })
+    output.replay(unpackTokens(message.delivered[choice] ?? new Uint8Array(0), "delivered"))
+    return output
+  })
+  const root = hashRoot({ modelDigest: model.modelDigest, tenant: message.tenant, cacheSalt: message.cacheSalt })
+  const packed = packTokens(prompt)
+  return {
+    prompt,
+    text: message.promptLogprobs ? tokenizer.decode([...prompt], { skipControl: false }) : "",
+    hashes: chainHashes(root, prompt, model.blockTokens),
+    maxTokens,
+    outputs,
+    sequence: (attempt) => ({
+      requestId: message.requestId,
+      attempt,
+      formatId: model.formatId,
+      hashRoot: packHashes([root]),
+      prompt: packed,
+      delivered: outputs.some(({ tokens }) => tokens.length > 0) ? outputs.map(({ tokens }) => packTokens(tokens)) : [],
+      choices: message.choices,
+      finished: outputs.flatMap(({ finish, choice }) => (finish === undefined ? [] : [choice])),
+      sampling: message.sampling,
+      maxTokens,
+      stopTokens,
+      suppressedTokens: [...new Set([...message.stopTokenIds, ...ends])],
+      logprobs: message.logprobs ?? -1,
+      promptLogprobs: message.promptLogprobs,
+    }),
+  }
+}

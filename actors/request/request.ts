@@ -1,0 +1,67 @@
+/**
+ * The request actor: owns requests from their text to their text. It renders and tokenises, asks for a place, and turns
+ * the tokens that come back into deltas. A later attempt at a request fences the earlier one.
+ */
+import { Deferred, Effect, type Scope } from "effect"
+import { actor, onAsk, onStream } from "../runtime/actor.ts"
+import { Fault } from "../runtime/fault.ts"
+import type { Link } from "../runtime/link.ts"
+import type { StreamWriter } from "../runtime/stream.ts"
+import { Detokenize, Generate, Tokenize, type GenerateMessage } from "../messages/request.ts"
+import { anyId, subject } from "../messages/subjects.ts"
+import { generate } from "./generate.ts"
+import { prepare, type ServedModel } from "./prepare.ts"
+
+export interface RequestActorOptions {
+  readonly link: Link
+  readonly cluster: string
+  readonly id: string
+  readonly model: ServedModel
+}
+
+interface Served {
+  readonly attempt: number
+  readonly fence: Deferred.Deferred<never, Fault>
+}
+
+/** Runs a request actor until the Scope closes. */
+export const requestActor = (options: RequestActorOptions): Effect.Effect<void, never, Scope.Scope> => {
+  const { link, cluster, id, model } = options
+  const serving = new Map<string, Served>()
+  const places = (verb: string) => [
+    { subject: subject(cluster, "request", id, verb) },
+    { subject: subject(cluster, "request", anyId, verb), queue: "request" },
+  ]
+  const fault = (code: "cancelled" | "invalid_request", message: string, param?: string) => new Fault({ code, message: `${link.sender}: ${message}`, hop: link.sender, param })
+
+  const serve = (message: GenerateMessage, writer: StreamWriter): Effect.Effect<void, Fault> =>
+    Effect.gen(function* () {
+      const { requestId, attempt } = message
+      const earlier = serving.get(requestId)
+      if (earlier !== undefined && earlier.attempt >= attempt) return yield* Effect.fail(fault("invalid_request", `attempt ${earlier.attempt} of request ${requestId} is served already`))
+      if (earlier !== undefined) yield* Deferred.fail(earlier.fence, fault("cancelled", `attempt ${attempt} of the request has taken over`))
+      const served: Served = { attempt, fence: yield* Deferred.make<never, Fault>() }
+      serving.set(requestId, served)
+      const work = Effect.flatMap(
+        Effect.try({ try: () => prepare(model, message), catch: (error) => Fault.from(error, link.sender) }),
+        (request) => generate(options, message, request, writer),
+      )
+      yield* Effect.raceFirst(work, Deferred.await(served.fence)).pipe(
+        Effect.ensuring(Effect.sync(() => void (serving.get(requestId) === served && serving.delete(requestId)))),
+      )
+    })
+
+  const { tokenizer } = model
+  const detokenize = (tokens: ReadonlyArray<number>) =>
+    Effect.suspend(() => {
+      const outside = tokens.find((token) => token >= tokenizer.vocabulary)
+      if (outside !== undefined) return Effect.fail(fault("invalid_request", `tokens: ${outside} is not in 0 … ${tokenizer.vocabulary - 1}`, "tokens"))
+      return Effect.succeed({ content: tokenizer.decode(tokens, { skipControl: false }) })
+    })
+
+  return actor(link, [
+    onStream(Generate, places(Generate.verb), serve),
+    onAsk(Tokenize, places(Tokenize.verb), ({ content }) => Effect.sync(() => ({ tokens: tokenizer.encode(content, { special: true }) }))),
+    onAsk(Detokenize, places(Detokenize.verb), ({ tokens }) => detokenize(tokens)),
+  ])
+}

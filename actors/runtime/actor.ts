@@ -1,0 +1,155 @@
+/**
+ * The actor: a bounded mailbox and a loop inside a Scope. Messages are handled in order, one at a time; asks that may wait
+ * and streams get a fibre each, of a bounded number. A bad message or a failed handler is answered with a fault and
+ * harms nobody else; leaving the Scope answers what is queued and interrupts what runs.
+ */
+import { Cause, Effect, Exit, FiberSet, Option, Queue, Result, Scope, Tracer } from "effect"
+import { limits } from "../../config/limits.ts"
+import { header, protocolVersion, type Delivery } from "./bus.ts"
+import { encodeFault, type MessageType } from "./codec.ts"
+import { Fault } from "./fault.ts"
+import type { Link } from "./link.ts"
+import { StreamWriter } from "./stream.ts"
+
+/** Where messages of one type are received, and what is done with them. */
+export interface Handler {
+  readonly subjects: ReadonlyArray<{ readonly subject: string; readonly queue?: string }>
+  readonly concurrent: boolean
+  readonly run: (delivery: Delivery, link: Link) => Effect.Effect<void>
+}
+
+type Places = Handler["subjects"]
+
+/** A message that changes the actor's state, in order. */
+export const onTell = <A>(type: MessageType<A, void, "tell">, subjects: Places, handle: (message: A) => Effect.Effect<void, Fault>): Handler => ({
+  subjects,
+  concurrent: false,
+  run: (delivery, link) => Effect.flatMap(decoded(type, delivery), handle).pipe(Effect.catchCause((cause) => logCause(link, type, cause))),
+})
+
+/** A message that is answered once. `concurrent`: the answer may have to wait, so others go on meanwhile. */
+export const onAsk = <A, R>(
+  type: MessageType<A, R, "ask">,
+  subjects: Places,
+  handle: (message: A) => Effect.Effect<R, Fault>,
+  options: { readonly concurrent?: boolean } = {},
+): Handler => ({
+  subjects,
+  concurrent: options.concurrent ?? false,
+  run: (delivery, link) =>
+    Effect.flatMap(decoded(type, delivery), handle).pipe(
+      withinBudget(delivery, link, type),
+      Effect.flatMap((answer) => Effect.try({ try: () => delivery.reply !== undefined && link.reply(type, delivery.reply, answer), catch: (error) => Fault.from(error, link.sender) })),
+      Effect.catchCause((cause) => Effect.sync(() => refuse(link, delivery, faultOf(cause, link, type)))),
+    ),
+})
+
+/**
+ * A message that is answered by a stream. The handler's fibre is interrupted when the reader cancels or dies; the stream
+ * ends with the handler: normally, or with its fault.
+ */
+export const onStream = <A>(
+  type: MessageType<A, void, "stream">,
+  subjects: Places,
+  handle: (message: A, writer: StreamWriter) => Effect.Effect<void, Fault>,
+): Handler => ({
+  subjects,
+  concurrent: true,
+  run: (delivery, link) =>
+    Effect.suspend(() => {
+      const writer = new StreamWriter(link.bus, delivery, link.sender)
+      const closed = Effect.callback<never, Fault>((resume) => writer.onClose((fault) => fault !== undefined && resume(Effect.fail(fault))))
+      return Effect.flatMap(decoded(type, delivery), (message) => handle(message, writer)).pipe(
+        Effect.raceFirst(closed),
+        withinBudget(delivery, link, type),
+        Effect.onExit((exit) =>
+          Effect.sync(() => {
+            if (Exit.isSuccess(exit)) writer.end()
+            else writer.fail(faultOf(exit.cause, link, type))
+          }),
+        ),
+        Effect.catchCause(() => Effect.void),
+      )
+    }).pipe(Effect.catchCause((cause) => logCause(link, type, cause))),
+})
+
+/** Runs an actor until its Scope closes. */
+export const actor = (link: Link, handlers: ReadonlyArray<Handler>): Effect.Effect<void, never, Scope.Scope> =>
+  Effect.gen(function* () {
+    const mailbox = yield* Queue.bounded<{ readonly handler: Handler; readonly delivery: Delivery }>(limits.mailboxMessages)
+    const running = yield* FiberSet.make<void>()
+    const leaving = new Fault({ code: "shutting_down", message: `${link.sender}: is leaving`, hop: link.sender, retryAfterMs: limits.retryAfterMs })
+    const crowded = new Fault({ code: "overloaded", message: `${link.sender}: too many messages`, hop: link.sender, retryAfterMs: limits.retryAfterMs })
+
+    yield* Effect.addFinalizer(() =>
+      Effect.map(Queue.clear(mailbox), (queued) => {
+        for (const { delivery } of queued) refuse(link, delivery, leaving)
+      }),
+    )
+    const step = Effect.gen(function* () {
+      const { handler, delivery } = yield* Queue.take(mailbox)
+      const work = handler.run(delivery, link).pipe(withCallersTrace(delivery))
+      if (!handler.concurrent) return yield* work
+      if ((yield* FiberSet.size(running)) >= limits.actorStreams) return refuse(link, delivery, crowded)
+      yield* FiberSet.run(running, work)
+    })
+    yield* Effect.forkScoped(Effect.forever(step))
+    for (const handler of handlers) {
+      for (const { subject, queue } of handler.subjects) {
+        yield* Effect.acquireRelease(
+          Effect.sync(() =>
+            link.bus.subscribe(
+              subject,
+              (delivery) => {
+                const version = delivery.headers[header.version]
+                if (version !== protocolVersion) {
+                  refuse(link, delivery, new Fault({ code: "invalid_request", message: `${link.sender}: speaks protocol version ${protocolVersion}, not ${version ?? "none"}`, hop: link.sender }))
+                } else if (!Queue.offerUnsafe(mailbox, { handler, delivery })) refuse(link, delivery, crowded)
+              },
+              queue === undefined ? {} : { queue },
+            ),
+          ),
+          (subscription) => Effect.sync(() => subscription.unsubscribe()),
+        )
+      }
+    }
+  })
+
+const decoded = <A>(type: MessageType<A, unknown>, delivery: Delivery): Effect.Effect<A, Fault> =>
+  Effect.try({ try: () => type.decode(delivery.data), catch: (error) => Fault.from(error, type.verb) })
+
+const withinBudget =
+  (delivery: Delivery, link: Link, type: { readonly verb: string }) =>
+  <A, R>(work: Effect.Effect<A, Fault, R>): Effect.Effect<A, Fault, R> => {
+    const stated = Number(delivery.headers[header.budgetMs])
+    const budgetMs = Number.isFinite(stated) ? Math.min(Math.max(stated, 0), limits.requestDeadlineMs) : limits.requestDeadlineMs
+    const late = new Fault({ code: "deadline_exceeded", message: `${link.sender}: ${type.verb}: not done within ${budgetMs} ms`, hop: link.sender })
+    return Effect.timeoutOrElse(work, { duration: budgetMs, orElse: () => Effect.fail(late) })
+  }
+
+const withCallersTrace = (delivery: Delivery) => {
+  const match = /^00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})$/.exec(delivery.headers[header.traceparent] ?? "")
+  if (match === null) return <A, E>(work: Effect.Effect<A, E>) => work
+  const parent = Tracer.externalSpan({ traceId: match[1]!, spanId: match[2]!, sampled: (parseInt(match[3]!, 16) & 1) === 1 })
+  return Effect.withParentSpan(parent)
+}
+
+const refuse = (link: Link, delivery: Delivery, fault: Fault): void => {
+  if (delivery.reply === undefined) return
+  try {
+    link.bus.publish(delivery.reply, encodeFault(fault), { headers: { [header.sender]: link.sender, [header.fault]: fault.code } })
+  } catch {
+    // The bus is closed: the asker's own deadline tells it.
+  }
+}
+
+const faultOf = (cause: Cause.Cause<Fault>, link: Link, type: { readonly verb: string }): Fault => {
+  const fault = Cause.findErrorOption(cause)
+  if (Option.isSome(fault)) return fault.value
+  if (Cause.hasInterruptsOnly(cause)) return new Fault({ code: "shutting_down", message: `${link.sender}: stopped`, hop: link.sender, retryAfterMs: limits.retryAfterMs })
+  console.error(`${link.sender}: ${type.verb}: ${Cause.pretty(cause)}`)
+  return Fault.from(undefined, link.sender)
+}
+
+const logCause = (link: Link, type: { readonly verb: string }, cause: Cause.Cause<Fault>): Effect.Effect<void> =>
+  Effect.sync(() => void (Cause.hasInterruptsOnly(cause) || console.error(`${link.sender}: ${type.verb}: ${Result.match(Cause.findError(cause), { onSuccess: (fault) => fault.message, onFailure: Cause.pretty })}`)))

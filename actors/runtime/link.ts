@@ -1,0 +1,95 @@
+/**
+ * How a process speaks to actors: typed messages in an envelope (version, sender, epoch, remaining time, trace), with a
+ * deadline on every answer and faults that name the hop.
+ */
+import { Effect, Option } from "effect"
+import { limits } from "../../config/limits.ts"
+import { header, protocolVersion, type Bus, type Headers } from "./bus.ts"
+import { decodeFault, type MessageType } from "./codec.ts"
+import { Fault } from "./fault.ts"
+import { openStream, type StreamReader } from "./stream.ts"
+
+export interface SendOptions {
+  /** Names the receiver in faults, for example "decode w0". */
+  readonly hop: string
+  readonly deadlineMs?: number
+}
+
+const noBytes = new Uint8Array(0)
+
+export class Link {
+  readonly bus: Bus
+  readonly sender: string
+  readonly epoch: number
+
+  /** `sender` names this side ("gateway", "request r0"); `epoch` fences what an earlier incarnation of it sent. */
+  constructor(bus: Bus, sender: string, epoch: number) {
+    this.bus = bus
+    this.sender = sender
+    this.epoch = epoch
+  }
+
+  /** Sends a message that is not answered. */
+  tell<A>(type: MessageType<A, void, "tell">, to: string, message: A): Effect.Effect<void, Fault> {
+    return Effect.flatMap(this.#headers(undefined), (headers) =>
+      Effect.try({ try: () => this.bus.publish(to, type.encode(message), { headers }), catch: (error) => Fault.from(error, this.sender) }),
+    )
+  }
+
+  /** Sends a message and waits for its answer. */
+  ask<A, R>(type: MessageType<A, R, "ask">, to: string, message: A, options: SendOptions): Effect.Effect<R, Fault> {
+    const budgetMs = options.deadlineMs ?? limits.askDeadlineMs
+    return Effect.flatMap(this.#headers(budgetMs), (headers) =>
+      Effect.callback<R, Fault>((resume) => {
+        const inbox = this.bus.inbox()
+        const lost = (code: "disconnected" | "unavailable" | "deadline_exceeded", why: string) =>
+          settle(Effect.fail(new Fault({ code, message: `${options.hop}: ${type.verb}: ${why}`, hop: options.hop })))
+        const subscriptions = [
+          this.bus.subscribe(inbox, ({ data, headers }) => {
+            if (headers[header.noResponders] !== undefined) return lost("unavailable", "nobody serves it")
+            if (headers[header.fault] !== undefined) return settle(Effect.fail(decodeFault(data, options.hop)))
+            settle(Effect.try({ try: () => type.decodeReply(data), catch: (error) => Fault.from(error, options.hop) }))
+          }),
+          this.bus.onDisconnect(() => lost("disconnected", "the connection was lost")),
+        ]
+        const timer = setTimeout(() => lost("deadline_exceeded", `no answer within ${budgetMs} ms`), budgetMs)
+        const release = () => {
+          clearTimeout(timer)
+          for (const subscription of subscriptions) subscription.unsubscribe()
+        }
+        const settle = (outcome: Effect.Effect<R, Fault>) => {
+          release()
+          resume(outcome)
+        }
+        try {
+          this.bus.publish(to, type.encode(message), { reply: inbox, headers })
+        } catch (error) {
+          settle(Effect.fail(Fault.from(error, this.sender)))
+        }
+        return Effect.sync(release)
+      }),
+    )
+  }
+
+  /** Sends a message that is answered by a stream; the caller reads it, or cancels it. */
+  open<A>(type: MessageType<A, void, "stream">, to: string, message: A, options: SendOptions & { readonly windowFrames?: number }): Effect.Effect<StreamReader> {
+    return Effect.map(this.#headers(options.deadlineMs ?? limits.requestDeadlineMs), (headers) =>
+      openStream(this.bus, to, type.encode(message), { headers, hop: options.hop, windowFrames: options.windowFrames }),
+    )
+  }
+
+  /** Answers an ask. */
+  reply<A, R>(type: MessageType<A, R>, to: string, answer: R): void {
+    const data = answer === undefined ? noBytes : type.encodeReply(answer)
+    this.bus.publish(to, data, { headers: { [header.sender]: this.sender } })
+  }
+
+  #headers(budgetMs: number | undefined): Effect.Effect<Headers> {
+    return Effect.map(Effect.option(Effect.currentSpan), (span) => {
+      const headers: Record<string, string> = { [header.version]: protocolVersion, [header.sender]: this.sender, [header.epoch]: String(this.epoch) }
+      if (budgetMs !== undefined) headers[header.budgetMs] = String(Math.round(budgetMs))
+      if (Option.isSome(span)) headers[header.traceparent] = `00-${span.value.traceId}-${span.value.spanId}-${span.value.sampled ? "01" : "00"}`
+      return headers
+    })
+  }
+}

@@ -1,0 +1,33 @@
+/**
+ * Restarts what fails: its Scope is closed, so that everything it owned is freed, and it starts clean, after a delay that
+ * doubles while it keeps failing.
+ */
+import { Cause, Deferred, Effect, Exit, type Scope } from "effect"
+import { limits } from "../../config/limits.ts"
+
+/** Runs until it fails; calls `ready` when it serves. */
+export type Supervised<E> = (ready: Effect.Effect<void>) => Effect.Effect<never, E, Scope.Scope>
+
+/**
+ * Starts `body` and returns when it serves. A failure before that is the caller's; after it, the body is restarted until
+ * the Scope closes.
+ */
+export const supervise = <E>(name: string, body: Supervised<E>): Effect.Effect<void, E, Scope.Scope> =>
+  Effect.gen(function* () {
+    const started = yield* Deferred.make<void, E>()
+    let delayMs: number = limits.restartDelayMs
+    const ready = Effect.suspend(() => {
+      delayMs = limits.restartDelayMs
+      return Effect.asVoid(Deferred.succeed(started, undefined))
+    })
+    const incarnation = Effect.gen(function* () {
+      const exit = yield* Effect.exit(Effect.scoped(body(ready)))
+      if (Exit.isSuccess(exit) || Cause.hasInterruptsOnly(exit.cause)) return yield* Effect.interrupt
+      if (yield* Deferred.failCause(started, exit.cause)) return yield* Effect.interrupt
+      console.error(`${name} failed and is restarted in ${delayMs} ms: ${Cause.pretty(exit.cause)}`)
+      yield* Effect.sleep(delayMs)
+      delayMs = Math.min(delayMs * 2, limits.restartDelayMaxMs)
+    })
+    yield* Effect.forkScoped(Effect.forever(incarnation))
+    yield* Deferred.await(started)
+  })

@@ -1,0 +1,153 @@
+/**
+ * What the scheduler knows of the cluster: who lives, which prefixes they hold, and the load they will have. Load is
+ * predicted when a request is placed, not polled: it is added then, corrected when the prompt is done, and taken away at
+ * the end. Pure state and time: the same code serves the actor and a simulation.
+ */
+import { unpackHashes } from "../messages/hashes.ts"
+import type { HeartbeatMessage, KvEventsMessage, PlaceMessage, Role, WorkerLoad } from "../messages/scheduler.ts"
+
+export interface WorkerView {
+  readonly id: string
+  readonly epoch: number
+  readonly roles: ReadonlyArray<Role>
+  load: WorkerLoad
+  heardAtMs: number
+  /** Chained hashes of the blocks in its pool. */
+  readonly prefixes: Set<string>
+  /** Id of the next event that continues `prefixes`; -1: unknown, a dump is needed. */
+  nextEventId: number
+  requests: ReadonlySet<string>
+}
+
+export interface Charge {
+  readonly requestId: string
+  readonly attempt: number
+  readonly prefill: string
+  readonly decode: string
+  readonly choices: number
+  /** Prompt tokens still to compute, as predicted. */
+  computeTokens: number
+  readonly placedAtMs: number
+}
+
+export class ClusterState {
+  readonly workers = new Map<string, WorkerView>()
+  readonly charges = new Map<string, Charge>()
+  readonly #silenceMs: number
+  readonly #leaseMs: number
+
+  constructor(options: { readonly silenceMs: number; readonly leaseMs: number }) {
+    this.#silenceMs = options.silenceMs
+    this.#leaseMs = options.leaseMs
+  }
+
+  /** Returns whether the worker's prefixes are unknown, so that a dump is needed. */
+  heartbeat(message: HeartbeatMessage, nowMs: number): boolean {
+    let view = this.workers.get(message.worker)
+    if (view !== undefined && message.epoch < view.epoch) return false // an earlier incarnation's last words
+    if (view === undefined || message.epoch > view.epoch) {
+      view = {
+        id: message.worker,
+        epoch: message.epoch,
+        roles: message.roles,
+        load: message.load,
+        heardAtMs: nowMs,
+        prefixes: new Set(),
+        nextEventId: message.nextEventId === 0 ? 0 : -1,
+        requests: new Set(),
+      }
+      this.workers.set(message.worker, view)
+    }
+    view.load = message.load
+    view.heardAtMs = nowMs
+    view.requests = new Set(message.requests)
+    return view.nextEventId < message.nextEventId
+  }
+
+  leave(worker: string, epoch: number): void {
+    if (this.workers.get(worker)?.epoch === epoch) this.#forget(worker)
+  }
+
+  /** Returns whether events were missed, so that a dump is needed. */
+  kvEvents(message: KvEventsMessage): boolean {
+    const view = this.workers.get(message.worker)
+    if (view === undefined || view.epoch !== message.epoch) return false
+    if (view.nextEventId !== message.firstId) return view.nextEventId < message.firstId
+    const stored = unpackHashes(message.stored)
+    const removed = unpackHashes(message.removed)
+    for (const hash of stored) view.prefixes.add(hash)
+    for (const hash of removed) view.prefixes.delete(hash)
+    view.nextEventId += stored.length + removed.length
+    return false
+  }
+
+  kvDump(worker: string, nextEventId: number, hashes: Uint8Array): void {
+    const view = this.workers.get(worker)
+    if (view === undefined) return
+    view.prefixes.clear()
+    for (const hash of unpackHashes(hashes)) view.prefixes.add(hash)
+    view.nextEventId = nextEventId
+  }
+
+  /** Forgets workers that have been silent too long, and charges that no worker knows of after their lease. */
+  sweep(nowMs: number): void {
+    for (const view of [...this.workers.values()]) if (nowMs - view.heardAtMs > this.#silenceMs) this.#forget(view.id)
+    for (const [key, charge] of [...this.charges]) {
+      const known = this.workers.get(charge.decode)?.requests.has(charge.requestId) ?? false
+      if (!known && nowMs - charge.placedAtMs > this.#leaseMs) this.charges.delete(key)
+    }
+  }
+
+  /** Workers of a role that live; those that the request has failed on only where there are no others. */
+  candidates(role: Role, request: PlaceMessage): Array<WorkerView> {
+    const living = [...this.workers.values()].filter((worker) => worker.roles.includes(role))
+    const others = living.filter((worker) => !request.exclude.includes(worker.id))
+    return others.length > 0 ? others : living
+  }
+
+  /** Sequences that decode there, as predicted. */
+  sequences(worker: string): number {
+    let sum = 0
+    for (const charge of this.charges.values()) if (charge.decode === worker) sum += charge.choices
+    return sum
+  }
+
+  /** Prompt tokens that wait to be computed there, as predicted. */
+  queuedTokens(worker: string): number {
+    let sum = 0
+    for (const charge of this.charges.values()) if (charge.prefill === worker) sum += charge.computeTokens
+    return sum
+  }
+
+  hasSlot(worker: WorkerView, choices: number): boolean {
+    return this.sequences(worker.id) + choices <= worker.load.maxBatch
+  }
+
+  /** Leading blocks of the request that the worker holds. */
+  prefixBlocks(worker: WorkerView, request: PlaceMessage): number {
+    const hashes = unpackHashes(request.hashes)
+    let count = 0
+    while (count < hashes.length && worker.prefixes.has(hashes[count]!)) count++
+    return count
+  }
+
+  charge(charge: Charge): void {
+    this.charges.set(chargeKey(charge), charge)
+  }
+
+  prefilled(key: { readonly requestId: string; readonly attempt: number }): void {
+    const charge = this.charges.get(chargeKey(key))
+    if (charge !== undefined) charge.computeTokens = 0
+  }
+
+  release(key: { readonly requestId: string; readonly attempt: number }): void {
+    this.charges.delete(chargeKey(key))
+  }
+
+  #forget(worker: string): void {
+    this.workers.delete(worker)
+    for (const [key, charge] of [...this.charges]) if (charge.decode === worker || charge.prefill === worker) this.charges.delete(key)
+  }
+}
+
+const chargeKey = ({ requestId, attempt }: { readonly requestId: string; readonly attempt: number }): string => `${requestId}.${attempt}`

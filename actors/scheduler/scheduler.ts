@@ -1,0 +1,116 @@
+/**
+ * The scheduler actor: owns the view of the cluster and the queue of requests that have no place yet. First come, first
+ * served; beyond the queue's bound a request is refused before work is wasted on it.
+ */
+import { Clock, Deferred, Effect, Exit, type Scope } from "effect"
+import { limits } from "../../config/limits.ts"
+import { actor, onAsk, onTell } from "../runtime/actor.ts"
+import { Fault } from "../runtime/fault.ts"
+import type { Link } from "../runtime/link.ts"
+import { KvDump } from "../messages/prefill.ts"
+import { Heartbeat, KvEvents, Leave, Place, Prefilled, Release, type PlaceMessage, type Placement } from "../messages/scheduler.ts"
+import { anyId, subject } from "../messages/subjects.ts"
+import { ClusterState } from "./cluster-state.ts"
+import { policies, type PolicyName } from "./policy.ts"
+
+export interface SchedulerOptions {
+  readonly link: Link
+  readonly cluster: string
+  readonly policy: PolicyName
+  /** Most requests that wait for a place. */
+  readonly queue: number
+}
+
+interface Waiting {
+  readonly request: PlaceMessage
+  readonly placed: Deferred.Deferred<Placement, Fault>
+}
+
+/** Runs the scheduler until the Scope closes. */
+export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, never, Scope.Scope> =>
+  Effect.gen(function* () {
+    const { link, cluster } = options
+    const state = new ClusterState({ silenceMs: limits.heartbeatSilenceMs, leaseMs: limits.placementLeaseMs })
+    const dumping = new Set<string>()
+    let waiting: ReadonlyArray<Waiting> = []
+
+    const fault = (code: "overloaded" | "unavailable" | "invalid_request", message: string, param?: string) =>
+      new Fault({ code, message: `${link.sender}: ${message}`, hop: link.sender, param, ...(code === "overloaded" ? { retryAfterMs: limits.retryAfterMs } : {}) })
+
+    /** A placement, a refusal, or undefined: there is no room now. */
+    const decide = (request: PlaceMessage, nowMs: number): Placement | Fault | undefined => {
+      const prefill = state.candidates("prefill", request)
+      const decode = state.candidates("decode", request)
+      if (prefill.length === 0 || decode.length === 0) return fault("unavailable", `no worker ${prefill.length === 0 ? "prefills" : "decodes"} now`)
+      const largest = Math.max(...decode.map(({ load }) => load.maxBatch))
+      if (request.choices > largest) return fault("invalid_request", `n: ${request.choices} choices are more than the ${largest} sequences that a worker decodes at once`, "n")
+      const roomy = decode.filter((worker) => state.hasSlot(worker, request.choices))
+      if (roomy.length === 0) return undefined
+      const chosen = policies[options.policy](request, state, { prefill, decode: roomy })
+      const computeTokens = request.tokens - chosen.prefixBlocks * chosen.prefill.load.blockTokens
+      const queuedTokens = state.queuedTokens(chosen.prefill.id)
+      state.charge({ requestId: request.requestId, attempt: request.attempt, prefill: chosen.prefill.id, decode: chosen.decode.id, choices: request.choices, computeTokens, placedAtMs: nowMs })
+      return { prefill: chosen.prefill.id, decode: chosen.decode.id, prefixBlocks: chosen.prefixBlocks, estimates: { queuedTokens, computeTokens }, epoch: link.epoch }
+    }
+
+    const settle = ({ placed }: Waiting, decision: Placement | Fault) => Deferred.done(placed, decision instanceof Fault ? Exit.fail(decision) : Exit.succeed(decision))
+
+    const drain = Effect.gen(function* () {
+      const nowMs = yield* Clock.currentTimeMillis
+      for (let first = waiting[0]; first !== undefined; first = waiting[0]) {
+        const decision = decide(first.request, nowMs)
+        if (decision === undefined) return
+        waiting = waiting.slice(1)
+        yield* settle(first, decision)
+      }
+    })
+
+    const place = (request: PlaceMessage) =>
+      Effect.gen(function* () {
+        if (waiting.length >= options.queue) return yield* Effect.fail(fault("overloaded", `${waiting.length} requests wait for a place already`))
+        const entry: Waiting = { request, placed: yield* Deferred.make<Placement, Fault>() }
+        waiting = [...waiting, entry]
+        yield* drain
+        return yield* Deferred.await(entry.placed).pipe(Effect.onInterrupt(() => Effect.sync(() => void (waiting = waiting.filter((other) => other !== entry)))))
+      }).pipe(Effect.withSpan("scheduler.place"))
+
+    const release = (key: { readonly requestId: string; readonly attempt: number }) =>
+      Effect.gen(function* () {
+        state.release(key)
+        const gone = waiting.filter(({ request }) => request.requestId === key.requestId && request.attempt <= key.attempt)
+        waiting = waiting.filter((entry) => !gone.includes(entry))
+        for (const entry of gone) yield* settle(entry, new Fault({ code: "cancelled", message: `${link.sender}: the request was given up`, hop: link.sender }))
+        yield* drain
+      })
+
+    const dump = (worker: string) =>
+      Effect.gen(function* () {
+        if (dumping.has(worker)) return
+        dumping.add(worker)
+        const { nextEventId, hashes } = yield* link.ask(KvDump, subject(cluster, "prefill", worker, KvDump.verb), {}, { hop: `prefill ${worker}` })
+        state.kvDump(worker, nextEventId, hashes)
+      }).pipe(Effect.ignore, Effect.ensuring(Effect.sync(() => dumping.delete(worker))))
+
+    const scope = yield* Effect.scope
+    const here = (verb: string) => [{ subject: subject(cluster, "scheduler", anyId, verb) }]
+    const sweep = Effect.gen(function* () {
+      yield* Effect.sleep(limits.heartbeatIntervalMs)
+      state.sweep(yield* Clock.currentTimeMillis)
+      yield* drain
+    })
+    yield* Effect.forkScoped(Effect.forever(sweep))
+    yield* actor(link, [
+      onAsk(Place, here(Place.verb), place, { concurrent: true }),
+      onTell(Release, here(Release.verb), release),
+      onTell(Prefilled, here(Prefilled.verb), (key) => Effect.sync(() => state.prefilled(key))),
+      onTell(Leave, here(Leave.verb), ({ worker, epoch }) => Effect.sync(() => state.leave(worker, epoch))),
+      onTell(Heartbeat, here(Heartbeat.verb), (message) =>
+        Effect.gen(function* () {
+          const stale = state.heartbeat(message, yield* Clock.currentTimeMillis)
+          if (stale) yield* Effect.forkIn(dump(message.worker), scope)
+          yield* drain
+        }),
+      ),
+      onTell(KvEvents, here(KvEvents.verb), (message) => Effect.suspend(() => (state.kvEvents(message) ? Effect.asVoid(Effect.forkIn(dump(message.worker), scope)) : Effect.void))),
+    ])
+  })

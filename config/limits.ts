@@ -1,0 +1,117 @@
+/**
+ * Every bound of the system in one place: units last in the name, relations asserted at start.
+ */
+export const limits = {
+  /** Most actors' messages waiting in one mailbox; the next is refused as overloaded. */
+  mailboxMessages: 1024,
+  /** Most streams (requests) an actor serves at once; the next is refused as overloaded. */
+  actorStreams: 1024,
+  /** Most bytes of one bus message, headers included: the default max_payload of a NATS server. */
+  maxPayloadBytes: 1024 * 1024,
+  /** Longest wait for the answer to a control message. */
+  askDeadlineMs: 5_000,
+  /** Frames that a stream's reader lets be on their way before it has consumed them. */
+  streamWindowFrames: 64,
+  /** Frames that a stream's writer keeps for a reader that grants no credit, beyond which the stream fails. */
+  streamBacklogFrames: 4_096,
+  /** A writer with nothing to say sends a sign of life this often … */
+  streamKeepAliveMs: 1_000,
+  /** … and a reader that hears nothing for this long takes its writer for dead. */
+  streamSilenceMs: 10_000,
+  /** Longest wait for the first frame of a stream (its acceptance). */
+  streamOpenDeadlineMs: 5_000,
+  /** Longest life of a request, queueing included. */
+  requestDeadlineMs: 600_000,
+  /** Longest wait for a prefill, queueing behind others' prefill included. */
+  prefillDeadlineMs: 300_000,
+  /** How often a worker tells the scheduler that it lives, and its load. */
+  heartbeatIntervalMs: 500,
+  /** Silence of a worker after which it is dead to the scheduler. */
+  heartbeatSilenceMs: 3_000,
+  /** How often a request tells the scheduler that it lives; the scheduler's predicted load lapses without it. */
+  placementLeaseMs: 30_000,
+  /** Longest wait for a placement in the scheduler's queue. */
+  placementDeadlineMs: 300_000,
+  /** Longest time a request waits for a worker to come back before it fails. */
+  recoveryDeadlineMs: 30_000,
+  /** Most placements of one request, the first included. */
+  placementAttempts: 4,
+  /** What a refused client is asked to wait before it tries again. */
+  retryAfterMs: 1_000,
+  /** Tokens (rows) of one engine step: decode rows first, then prefill chunks up to this. */
+  stepTokens: 512,
+  /** The same while streams are decoding, which wait for the whole step. */
+  mixedStepTokens: 256,
+  /** Sampled or scored rows of one engine step. */
+  stepOutputs: 512,
+  /** Most sequences that a worker may be configured to decode at once. */
+  maxBatch: 256,
+  /** Choices of one request (OpenAI's bound). */
+  choices: 128,
+  /** Top log probabilities of one token (OpenAI's bound). */
+  topLogprobs: 20,
+  /** Stop strings of one request. */
+  stopStrings: 16,
+  stopStringChars: 512,
+  /** Biased tokens of one request. */
+  logitBiases: 1_024,
+  /** Most bytes of one HTTP body or WebSocket message. */
+  bodyBytes: 8 * 1024 * 1024,
+  /** Prompts of one completions request. */
+  promptBatch: 64,
+  /** Open requests of one gateway; the next is refused as overloaded. */
+  gatewayRequests: 1_024,
+  /** Open WebSocket connections of one gateway. */
+  webSockets: 256,
+  /** Responses waiting on one WebSocket connection. */
+  webSocketQueue: 16,
+  /** Earlier responses that a WebSocket connection can be continued from, and the characters kept for them. */
+  webSocketTurns: 16,
+  webSocketTurnChars: 4 * 1024 * 1024,
+  /** Bytes waiting in a WebSocket's buffer above which nothing more is read for it. */
+  webSocketBufferBytes: 64 * 1024,
+  /** Attempts of one generation before its first token, the first included, and the wait before the second (then doubling). */
+  generateAttempts: 3,
+  generateRetryDelayMs: 100,
+  /** Stop token ids of one request. */
+  stopTokenIds: 1_024,
+  /** Silence on an SSE stream or WebSocket after which a keep-alive is sent. */
+  clientKeepAliveMs: 15_000,
+  /** A client that takes nothing for this long is taken for gone. */
+  clientStallMs: 60_000,
+  /** Blocks waiting to be put into the KV store; more are dropped, which costs a later miss only. */
+  storeQueueBlocks: 4_096,
+  /** Longest wait for an answer of the KV store; after it, a miss. */
+  storeDeadlineMs: 2_000,
+  /** KV events kept by a worker for a scheduler that missed some. */
+  kvEventRing: 4_096,
+  /** Share of the machine's free memory that `kv.blocks: auto` takes at most, and its bound. */
+  autoPoolMemoryShare: 0.25,
+  autoPoolBytes: 2 * 1024 * 1024 * 1024,
+  /** Time that open streams have to end at shutdown, after which they are told why and closed. */
+  shutdownGraceMs: 300,
+  /** Time that the rest of an orderly shutdown may take. */
+  shutdownDeadlineMs: 3_000,
+  /** A supervisor waits this long before the first restart, doubling … */
+  restartDelayMs: 50,
+  /** … up to this. */
+  restartDelayMaxMs: 5_000,
+} as const
+
+const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
+  [limits.streamKeepAliveMs * 3 <= limits.streamSilenceMs, "streamKeepAliveMs * 3 <= streamSilenceMs"],
+  [limits.heartbeatIntervalMs * 3 <= limits.heartbeatSilenceMs, "heartbeatIntervalMs * 3 <= heartbeatSilenceMs"],
+  [limits.streamWindowFrames <= limits.streamBacklogFrames, "streamWindowFrames <= streamBacklogFrames"],
+  [limits.prefillDeadlineMs <= limits.requestDeadlineMs, "prefillDeadlineMs <= requestDeadlineMs"],
+  [limits.placementDeadlineMs <= limits.requestDeadlineMs, "placementDeadlineMs <= requestDeadlineMs"],
+  [limits.maxBatch <= limits.mixedStepTokens, "maxBatch <= mixedStepTokens"],
+  [limits.mixedStepTokens <= limits.stepTokens, "mixedStepTokens <= stepTokens"],
+  [limits.maxBatch <= limits.stepOutputs, "maxBatch <= stepOutputs"],
+  [limits.choices < limits.maxBatch, "choices <= maxBatch"],
+  [limits.askDeadlineMs < limits.placementLeaseMs, "askDeadlineMs < placementLeaseMs"],
+  [limits.clientKeepAliveMs * 2 <= limits.clientStallMs, "clientKeepAliveMs * 2 <= clientStallMs"],
+]
+
+for (const [holds, relation] of relations) {
+  if (!holds) throw new Error(`config/limits.ts: ${relation} does not hold`)
+}

@@ -1,0 +1,35 @@
+import type { Topology } from "./topology.ts"
+
+/** A value of the design that is not built yet, where it stands, and what to write instead. */
+export interface NotYet {
+  readonly path: ReadonlyArray<string | number>
+  readonly use: string
+}
+
+type Rule = (topology: Topology) => ReadonlyArray<NotYet>
+
+const one = (wanted: boolean, path: ReadonlyArray<string | number>, use: string): ReadonlyArray<NotYet> => (wanted ? [{ path, use }] : [])
+
+const eachWorker = (rule: (worker: Topology["workers"][number], at: ReadonlyArray<string | number>) => ReadonlyArray<NotYet>): Rule =>
+  (topology) => topology.workers.flatMap((worker, index) => rule(worker, ["workers", index]))
+
+/** Delete a line when its feature is built; nothing else knows of it. */
+const rules: ReadonlyArray<Rule> = [
+  ({ bus }) => one(bus !== "memory", ["bus"], "memory"),
+  ({ gateway }) => one(gateway.replicas > 1, ["gateway", "replicas"], "1"),
+  ({ request }) => one(request.replicas > 1, ["request", "replicas"], "1"),
+  ({ scheduler }) => one(!["cache-aware", "least-loaded"].includes(scheduler.policy), ["scheduler", "policy"], "cache-aware or least-loaded"),
+  ({ scheduler }) => one(scheduler.admission !== "none", ["scheduler", "admission"], "none"),
+  ({ scheduler }) => one(scheduler.objectives !== undefined, ["scheduler", "objectives"], "no objectives key"),
+  ({ workers }) => one(workers.length > 1, ["workers", 1], "one worker with both roles"),
+  eachWorker((worker, at) => one(worker.roles.length < 2, [...at, "roles"], "[prefill, decode]")),
+  eachWorker((worker, at) => one(worker.device !== "cpu", [...at, "device"], "cpu")),
+  eachWorker((worker, at) => one(worker.kv.dtype !== "f16", [...at, "kv", "dtype"], "f16")),
+  ({ kvStore }) => one(kvStore.replicas > 1, ["kvStore", "replicas"], "1"),
+  ({ kvStore }) => one(kvStore.disk !== undefined, ["kvStore", "disk"], "no disk key"),
+  ({ kvStore }) => one(kvStore.eviction !== "lru", ["kvStore", "eviction"], "lru"),
+  ({ telemetry }) => one(telemetry.otlp !== null, ["telemetry", "otlp"], "null")
+]
+
+/** Everything in this topology that would silently do nothing if it were let through. */
+export const notYet = (topology: Topology): ReadonlyArray<NotYet> => rules.flatMap((rule) => rule(topology))

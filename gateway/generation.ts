@@ -1,0 +1,160 @@
+/**
+ * One prompt's generation as the gateway reads it: a stream of events that survives a request actor which fails before
+ * its first token, ends with a Fault where it cannot, and never outlives the request's deadline.
+ */
+import { limits } from "../config/limits.ts"
+import { decodeGenerateEvent, type GenerateEvent, type GenerateMessage } from "../actors/messages/request.ts"
+import { packTokens } from "../actors/messages/tokens.ts"
+import { Fault, type FaultCode } from "../actors/runtime/fault.ts"
+import type { StreamReader } from "../actors/runtime/stream.ts"
+
+/** Sends a `Generate` to any request actor. */
+export type OpenGenerate = (message: GenerateMessage, deadlineMs: number) => StreamReader
+
+/** What a generation is asked; the attempt and what was delivered are filled in here. */
+export type GenerateOrder = Omit<GenerateMessage, "attempt" | "delivered">
+
+// An overloaded system is not asked again at once: the client is told when to.
+const resumable: ReadonlySet<FaultCode> = new Set(["unavailable", "disconnected", "deadline_exceeded"])
+
+/**
+ * The message that continues a generation elsewhere, or undefined where it cannot be continued. Today that is only before
+ * the first token; a request actor that takes up `delivered` makes it so at any place.
+ */
+export const resume = (order: GenerateOrder, attempt: number, delivered: ReadonlyArray<ReadonlyArray<number>>, fault: Fault): GenerateMessage | undefined => {
+  if (!resumable.has(fault.code) || attempt >= limits.generateAttempts) return undefined
+  if (delivered.some((tokens) => tokens.length > 0)) return undefined
+  return { ...order, attempt, delivered: delivered.map((tokens) => packTokens(tokens)) }
+}
+
+export class Generation {
+  readonly #open: OpenGenerate
+  readonly #order: GenerateOrder
+  readonly #deadlineAtMs: number
+  readonly #deadline: NodeJS.Timeout
+  readonly #delivered: ReadonlyArray<Array<number>> // [choices]
+  #reader: StreamReader
+  #attempt = 0
+  #prompted = false
+  #scored = false
+  #done = false
+  #stopped: Fault | undefined
+
+  constructor(open: OpenGenerate, order: GenerateOrder, deadlineMs: number) {
+    this.#open = open
+    this.#order = order
+    this.#deadlineAtMs = performance.now() + deadlineMs
+    this.#delivered = Array.from({ length: order.choices }, () => [])
+    this.#reader = open({ ...order, attempt: 0, delivered: [] }, deadlineMs)
+    this.#deadline = setTimeout(() => this.stop(new Fault({ code: "deadline_exceeded", message: `gateway: the request took longer than ${deadlineMs} ms`, hop: "gateway" })), deadlineMs)
+    this.#deadline.unref()
+  }
+
+  /** The next event, or undefined at the end. Rejects with a Fault. One caller at a time. */
+  async next(): Promise<GenerateEvent | undefined> {
+    for (;;) {
+      try {
+        if (this.#stopped !== undefined) throw this.#stopped
+        const frame = await this.#reader.next()
+        if (frame === undefined) {
+          if (!this.#done) throw new Fault({ code: "disconnected", message: "request: the generation ended before it was done", hop: "request" })
+          clearTimeout(this.#deadline)
+          return undefined
+        }
+        const event = decodeGenerateEvent(frame)
+        if (event.type === "prompt" && this.#prompted) continue // of a later attempt
+        if (event.type === "prompt") this.#prompted = true
+        else if (event.type === "scores") this.#scored = true
+        else if (event.type === "delta") this.#delivered[event.choice]?.push(...event.tokens)
+        else this.#done = true
+        return event
+      } catch (error) {
+        await this.#resume(Fault.from(error, "request"))
+      }
+    }
+  }
+
+  /** Cancels the generation at once, here and at the request actor; `next` rejects with `fault`. */
+  stop(fault: Fault): void {
+    clearTimeout(this.#deadline)
+    this.#stopped ??= fault
+    this.#reader.cancel(fault.message)
+  }
+
+  async #resume(fault: Fault): Promise<void> {
+    const message = this.#stopped === undefined && !this.#scored ? resume(this.#order, this.#attempt + 1, this.#delivered, fault) : undefined
+    const waitMs = limits.generateRetryDelayMs * 2 ** this.#attempt
+    const leftMs = this.#deadlineAtMs - performance.now() - waitMs
+    if (message === undefined || leftMs <= 0) {
+      clearTimeout(this.#deadline)
+      throw this.#stopped ?? fault
+    }
+    this.#attempt++
+    await new Promise((resolve) => setTimeout(resolve, waitMs))
+    if (this.#stopped === undefined) this.#reader = this.#open(message, leftMs)
+  }
+}
+
+/** An event and the prompt (of a batch) that it belongs to. */
+export interface BatchEvent {
+  readonly prompt: number
+  readonly event: GenerateEvent
+}
+
+/** The generations of a request's prompts as one stream, at most one event read ahead of each. */
+export class Batch {
+  readonly #generations: ReadonlyArray<Generation>
+  readonly #ready: Array<BatchEvent> = []
+  readonly #idle: Array<number> = [] // generations with nothing being read
+  #live: number
+  #failure: { readonly error: unknown } | undefined
+  #wake: (() => void) | undefined
+
+  constructor(generations: ReadonlyArray<Generation>) {
+    this.#generations = generations
+    this.#live = generations.length
+    for (const prompt of generations.keys()) this.#idle.push(prompt)
+  }
+
+  /** The next event of any, or undefined when all have ended. Rejects with the first Fault of any, and stops the others. */
+  async next(): Promise<BatchEvent | undefined> {
+    for (let idle = this.#idle.pop(); idle !== undefined; idle = this.#idle.pop()) this.#read(idle)
+    for (;;) {
+      if (this.#failure !== undefined) throw this.#failure.error
+      const ready = this.#ready.shift()
+      if (ready !== undefined) {
+        this.#idle.push(ready.prompt)
+        return ready
+      }
+      if (this.#live === 0) return undefined
+      await new Promise<void>((resolve) => (this.#wake = resolve))
+    }
+  }
+
+  stop(fault: Fault): void {
+    for (const generation of this.#generations) generation.stop(fault)
+    this.#settle({ error: fault })
+  }
+
+  #read(prompt: number): void {
+    this.#generations[prompt]!.next().then(
+      (event) => {
+        if (event === undefined) this.#live--
+        else this.#ready.push({ prompt, event })
+        this.#settle(undefined)
+      },
+      (error: unknown) => {
+        const fault = Fault.from(error, "request")
+        for (const generation of this.#generations) generation.stop(fault)
+        this.#settle({ error })
+      },
+    )
+  }
+
+  #settle(failure: { readonly error: unknown } | undefined): void {
+    this.#failure ??= failure
+    const wake = this.#wake
+    this.#wake = undefined
+    wake?.()
+  }
+}

@@ -1,0 +1,21 @@
+/** What counts as this machine, and what a web page elsewhere must not reach. */
+import { isIP } from "node:net"
+import { ApiError } from "./errors.ts"
+
+export const isLoopback = (host: string): boolean => {
+  const name = host.replace(/^\[|\]$/g, "").toLowerCase()
+  if (name === "localhost" || name.endsWith(".localhost")) return true
+  return isIP(name) === 4 ? name.startsWith("127.") : name === "::1" || /^::ffff:127\./.test(name)
+}
+
+/**
+ * Without keys, whoever reaches the port is trusted, and a browser lets any web page reach it: by a plain cross-site
+ * POST, a WebSocket (which no same-origin rule covers) or a name that is rebound to 127.0.0.1. Such requests carry the
+ * page's http(s) origin. Throws an ApiError 403 for one that is not of this machine.
+ */
+export const refuseForeignOrigin = (origin: string | undefined): void => {
+  if (origin === undefined) return
+  const url = URL.canParse(origin) ? new URL(origin) : undefined
+  if (url !== undefined && (!/^https?:$/.test(url.protocol) || isLoopback(url.hostname))) return
+  throw new ApiError({ status: 403, type: "invalid_request_error", code: "foreign_origin", message: "a web page of another origin may not use this server; start it with API keys to allow that" })
+}

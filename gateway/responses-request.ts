@@ -1,0 +1,82 @@
+/** The fields of the Responses API, over HTTP and WebSocket alike. */
+import { Schema } from "effect"
+import { limits } from "../config/limits.ts"
+import type { ChatMessage } from "../actors/messages/request.ts"
+import { checkModel, checkPromptBytes, type Call, type GatewayContext } from "./call.ts"
+import { decoder, show } from "./decode.ts"
+import { invalid, notSupported } from "./errors.ts"
+import type { GenerateOrder } from "./generation.ts"
+import { contentFields, formatField, messageContent, refuseFormat, refuseTools, toolFields } from "./messages.ts"
+import { drawingOf } from "./sampling.ts"
+import { flag, maxInt, modelField, optional, samplingFields, text, whole } from "./schemas.ts"
+
+const roles = ["system", "developer", "user", "assistant"] as const
+
+const Item = Schema.Struct({
+  type: optional("a string", Schema.String),
+  role: Schema.optional(Schema.Literals(roles).annotate({ expected: `one of ${roles.join(", ")}` })),
+  content: contentFields,
+})
+
+const ResponsesRequest = Schema.Struct({
+  model: modelField,
+  input: optional("a string or an array of messages", Schema.Union([Schema.String, Schema.Array(Item)])),
+  instructions: text,
+  max_output_tokens: whole(1, maxInt),
+  metadata: optional("an object of strings", Schema.Record(Schema.String, Schema.String)),
+  previous_response_id: text,
+  top_logprobs: whole(0, limits.topLogprobs),
+  include: optional("an array of strings", Schema.Array(Schema.String)),
+  text: optional("an object", Schema.Struct({ format: formatField })),
+  background: flag,
+  conversation: optional("a string or an object", Schema.Unknown),
+  prompt: optional("an object", Schema.Unknown),
+  /** WebSocket only: false computes the prompt's KV and draws nothing. */
+  generate: flag,
+  ...samplingFields,
+  ...toolFields,
+})
+export type ResponsesRequest = typeof ResponsesRequest.Type
+
+/** Throws an ApiError 400. */
+export const decodeResponses = decoder(ResponsesRequest)
+
+const logprobsInclude = "message.output_text.logprobs"
+
+/** The messages of `input`. */
+export const inputMessages = (input: ResponsesRequest["input"]): ReadonlyArray<ChatMessage> => {
+  if (input === undefined || input === null) throw invalid("input", "expected a string or an array of messages, found nothing")
+  if (typeof input === "string") return [{ role: "user", content: input }]
+  return input.map((item, index) => {
+    const place = `input[${index}]`
+    if (item.type !== undefined && item.type !== null && item.type !== "message") throw invalid(`${place}.type`, `expected "message" (this server takes text only), found ${show(item.type)}`)
+    if (item.role === undefined) throw invalid(`${place}.role`, `expected one of ${roles.join(", ")}, found nothing`)
+    if (item.content === undefined || item.content === null) throw invalid(`${place}.content`, "expected a string or an array of text parts, found nothing")
+    return { role: item.role === "developer" ? "system" : item.role, content: messageContent(item.content, `${place}.content`, ["input_text", "output_text", "text"]) }
+  })
+}
+
+/** What is asked for; `earlier` are the messages of the conversation that it goes on from. Throws an ApiError 400 or 404. */
+export const responsesOrder = (gateway: GatewayContext, call: Pick<Call, "tenant">, id: string, body: ResponsesRequest, earlier: ReadonlyArray<ChatMessage>): GenerateOrder => {
+  checkModel(gateway, body.model)
+  refuseTools(body)
+  refuseFormat("text.format", body.text?.format)
+  refuseFormat("response_format", body.response_format)
+  if (body.background === true) throw notSupported("background", "a response in the background")
+  if (body.conversation !== undefined && body.conversation !== null) throw notSupported("conversation", "a stored conversation")
+  if (body.prompt !== undefined && body.prompt !== null) throw notSupported("prompt", "a stored prompt")
+  const instructions: ReadonlyArray<ChatMessage> = typeof body.instructions === "string" ? [{ role: "system", content: body.instructions }] : []
+  const messages = [...instructions, ...earlier, ...inputMessages(body.input)]
+  if (messages.length === 0) throw invalid("input", "expected at least one message, found an empty array")
+  checkPromptBytes(gateway, "input", messages.reduce((bytes, { content }) => bytes + Buffer.byteLength(content), 0))
+  return {
+    requestId: id,
+    tenant: call.tenant,
+    prompt: { kind: "chat", messages },
+    choices: 1,
+    ...drawingOf(body),
+    maxTokens: body.generate === false ? 0 : (body.max_output_tokens ?? undefined),
+    logprobs: (body.include ?? []).includes(logprobsInclude) ? (body.top_logprobs ?? 0) : undefined,
+    promptLogprobs: false,
+  }
+}

@@ -1,0 +1,148 @@
+/**
+ * One WebSocket connection of the Responses protocol: `response.create` messages in, the events of one response at a time
+ * out. The generation is read no faster than the client takes its events, and cancelled when the client goes.
+ */
+import { Cause, Effect, Exit, type Context } from "effect"
+import type { NodeWS } from "@effect/platform-node/NodeSocket"
+import { limits } from "../config/limits.ts"
+import { Fault } from "../actors/runtime/fault.ts"
+import { openBatch } from "./answer.ts"
+import { attempt, parseJson, type GatewayContext } from "./call.ts"
+import { asApiError, clientGone, fromFault, internalError, invalid, reportDefect, type ApiError } from "./errors.ts"
+import type { Stop } from "./admission.ts"
+import type { Batch } from "./generation.ts"
+import { previousNotFound } from "./responses.ts"
+import { errorEvent, ResponseEvents, responseId, type ResponseEvent } from "./responses-events.ts"
+import { decodeResponses, inputMessages, responsesOrder } from "./responses-request.ts"
+import { Turns } from "./turns.ts"
+
+export interface SocketPeer {
+  readonly tenant: string
+  readonly requestId: string
+  /** The context to run in: tracer, and the span that the upgrade request named as its parent. */
+  readonly services: Context.Context<never>
+}
+
+export class ResponsesSocket {
+  readonly #gateway: GatewayContext
+  readonly #socket: NodeWS.WebSocket
+  readonly #peer: SocketPeer
+  readonly #queue: Array<string> = []
+  readonly #turns = new Turns()
+  readonly #pings: NodeJS.Timeout
+  #heardAtMs = performance.now()
+  #stop: Stop | undefined
+  #busy = false
+  #sent: Promise<void> = Promise.resolve()
+
+  constructor(gateway: GatewayContext, socket: NodeWS.WebSocket, peer: SocketPeer) {
+    this.#gateway = gateway
+    this.#socket = socket
+    this.#peer = peer
+    socket.on("message", (data, isBinary) => this.#receive(data as Buffer, isBinary))
+    socket.on("pong", () => (this.#heardAtMs = performance.now()))
+    socket.on("error", () => {}) // a protocol error of the client's; "close" follows
+    socket.on("close", () => this.#close())
+    this.#pings = setInterval(() => this.#ping(), gateway.keepAliveMs)
+  }
+
+  /** Tells the client why and closes: what runs has been stopped already, or is stopped here. */
+  shutdown(fault: Fault): void {
+    this.#queue.length = 0
+    this.#stop?.(fault)
+    void this.#send(errorEvent(fromFault(fault)))
+    this.#socket.close(1001, fault.message.slice(0, 100))
+  }
+
+  #receive(data: Buffer, isBinary: boolean): void {
+    this.#heardAtMs = performance.now()
+    if (isBinary) return void this.#send(errorEvent(invalid(undefined, "expected JSON in a text message, found a binary one")))
+    if (this.#busy && this.#queue.length >= limits.webSocketQueue) {
+      return void this.#send(errorEvent(fromFault(new Fault({ code: "overloaded", message: `${this.#queue.length} responses wait on this connection already`, hop: "gateway" }))))
+    }
+    this.#queue.push(data.toString("utf8"))
+    if (!this.#busy) void this.#work()
+  }
+
+  async #work(): Promise<void> {
+    this.#busy = true
+    for (let next = this.#queue.shift(); next !== undefined; next = this.#queue.shift()) await this.#respond(next)
+    this.#busy = false
+  }
+
+  async #respond(text: string): Promise<void> {
+    const run = Effect.scoped(this.#create(text)).pipe(Effect.withSpan("gateway.request", { attributes: { "penstock.request.id": this.#peer.requestId } }))
+    const exit = await Effect.runPromiseExitWith(this.#peer.services)(run)
+    if (Exit.isSuccess(exit)) return
+    const error = Cause.squash(exit.cause)
+    const expected = asApiError(error)
+    if (expected === undefined) reportDefect(this.#peer.requestId, error)
+    await this.#send(errorEvent(expected ?? internalError))
+  }
+
+  /** Fails before the first event only; a later failure is the response's own last event. */
+  #create = Effect.fnUntraced(function* (this: ResponsesSocket, text: string) {
+    const gateway = this.#gateway
+    const id = responseId()
+    const place = yield* Effect.acquireRelease(attempt(() => gateway.admission.enter()), ({ leave }) => Effect.sync(leave))
+    const { body, order, earlier } = yield* attempt(() => {
+      const message = parseJson(text)
+      const type = typeof message === "object" && message !== null && "type" in message ? message.type : undefined
+      if (type !== "response.create") throw invalid("type", 'expected "response.create"')
+      const body = decodeResponses(message)
+      const earlier = this.#earlier(body.previous_response_id ?? undefined)
+      return { body, earlier, order: responsesOrder(gateway, this.#peer, id, body, earlier) }
+    })
+    const onStop = (stop: Stop) => {
+      this.#stop = stop
+      place.onStop(stop)
+    }
+    const batch = yield* openBatch(gateway, { onStop }, [order])
+    if (this.#socket.readyState !== this.#socket.OPEN) batch.stop(clientGone)
+    const events = new ResponseEvents(id, body, gateway.model.id, order.logprobs !== undefined)
+    yield* attempt(() => this.#stream(batch, events))
+    const answer = body.generate === false ? [] : [{ role: "assistant", content: events.text }]
+    this.#turns.add(id, [...earlier, ...inputMessages(body.input), ...answer])
+  })
+
+  #earlier(previous: string | undefined) {
+    if (previous === undefined) return []
+    const messages = this.#turns.get(previous)
+    if (messages === undefined) throw previousNotFound(previous, `a connection keeps its own last ${limits.webSocketTurns} completed responses`)
+    return messages
+  }
+
+  async #stream(batch: Batch, events: ResponseEvents): Promise<void> {
+    try {
+      for (let item = await batch.next(); item !== undefined; item = await batch.next()) {
+        for (const event of events.accept(item.event)) void this.#send(event)
+        if (this.#socket.bufferedAmount > limits.webSocketBufferBytes) await this.#sent
+      }
+    } catch (error) {
+      const expected: ApiError | undefined = asApiError(error)
+      if (!events.started || expected === undefined) throw error
+      void this.#send(events.fail(expected))
+      throw error
+    } finally {
+      this.#stop = undefined
+    }
+  }
+
+  /** Resolves when the message has left the process, or never can. */
+  #send(event: ResponseEvent): Promise<void> {
+    if (this.#socket.readyState !== this.#socket.OPEN) return this.#sent
+    this.#sent = new Promise((resolve) => this.#socket.send(JSON.stringify(event), () => resolve()))
+    return this.#sent
+  }
+
+  #ping(): void {
+    if (performance.now() - this.#heardAtMs > this.#gateway.stallMs) return this.#socket.terminate()
+    if (this.#socket.readyState === this.#socket.OPEN && this.#socket.bufferedAmount === 0) this.#socket.ping()
+  }
+
+  #close(): void {
+    clearInterval(this.#pings)
+    this.#queue.length = 0
+    this.#stop?.(clientGone)
+  }
+}

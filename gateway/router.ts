@@ -1,0 +1,101 @@
+/** Which handler answers which request, and what holds for all of them: ids, keys, admission, errors, the root span. */
+import { randomUUID } from "node:crypto"
+import { Effect, Option } from "effect"
+import { HttpServerRequest, HttpServerResponse, HttpTraceContext } from "effect/http"
+import { chatCompletions } from "./chat.ts"
+import { attempt, json, type GatewayContext, type Handler } from "./call.ts"
+import { completions } from "./completions.ts"
+import { ApiError, internalError, reportDefect, shuttingDown, fromFault } from "./errors.ts"
+import { refuseForeignOrigin } from "./host.ts"
+import { responses } from "./responses.ts"
+import { detokenize, health, models, oneModel, ready, tokenize } from "./simple-routes.ts"
+
+interface Route {
+  readonly method: "GET" | "POST"
+  /** Ends with `/*` where the rest of the path is the handler's. */
+  readonly path: string
+  /** Answers without a key, and is not counted as an open request: for probes. */
+  readonly open?: boolean
+  readonly handler: Handler
+}
+
+const routes: ReadonlyArray<Route> = [
+  { method: "GET", path: "/health", open: true, handler: health },
+  { method: "GET", path: "/ready", open: true, handler: ready },
+  { method: "GET", path: "/v1/models", handler: models },
+  { method: "GET", path: "/v1/models/*", handler: oneModel },
+  { method: "POST", path: "/v1/chat/completions", handler: chatCompletions },
+  { method: "POST", path: "/v1/completions", handler: completions },
+  { method: "POST", path: "/v1/responses", handler: responses },
+  { method: "POST", path: "/tokenize", handler: tokenize },
+  { method: "POST", path: "/detokenize", handler: detokenize },
+]
+
+export const responsesPath = "/v1/responses"
+
+/** The client's own id where it is a sane one, so that its logs and ours can be joined. */
+export const requestIdOf = (header: string | undefined): string =>
+  header !== undefined && /^[\w.:-]{1,128}$/.test(header) ? header : `req_${randomUUID().replaceAll("-", "")}`
+
+/** The path without query and trailing slash. */
+export const pathOf = (url: string): string => {
+  const path = url.split(/[?#]/, 1)[0]!
+  return path.length > 1 && path.endsWith("/") ? path.slice(0, -1) : path
+}
+
+/** Answers every request; fails never. */
+export const app = (gateway: GatewayContext): Effect.Effect<HttpServerResponse.HttpServerResponse, never, HttpServerRequest.HttpServerRequest> =>
+  Effect.flatMap(HttpServerRequest.HttpServerRequest, (request) => {
+    const requestId = requestIdOf(request.headers["x-request-id"])
+    return answer(gateway, request, requestId).pipe(
+      Effect.catch((error: ApiError) => Effect.succeed(json(error.status, error.body, error.headers))),
+      Effect.catchDefect((defect) => {
+        reportDefect(requestId, defect)
+        return Effect.succeed(json(internalError.status, internalError.body))
+      }),
+      Effect.map((response) => HttpServerResponse.setHeaders(response, { "x-request-id": requestId, ...(gateway.admission.closing ? { connection: "close" } : {}) })),
+      Effect.interruptible, // by a client that goes away
+    )
+  })
+
+const answer = (gateway: GatewayContext, request: HttpServerRequest.HttpServerRequest, requestId: string): Effect.Effect<HttpServerResponse.HttpServerResponse, ApiError> => {
+  const path = pathOf(request.url)
+  const matches = routes.flatMap((route) => {
+    const rest = restOf(route.path, path)
+    return rest === undefined ? [] : [{ route, rest }]
+  })
+  if (matches.length === 0) return Effect.fail(new ApiError({ status: 404, type: "invalid_request_error", code: "not_found", message: `there is nothing at ${path.slice(0, 200)}` }))
+  const allowed = [...new Set(matches.flatMap(({ route }) => (route.method === "GET" ? ["GET", "HEAD"] : [route.method]))), "OPTIONS"].join(", ")
+  if (request.method === "OPTIONS") return Effect.succeed(HttpServerResponse.empty({ status: 204, headers: { allow: allowed } }))
+  const method = request.method === "HEAD" ? "GET" : request.method
+  const match = matches.find(({ route }) => route.method === method)
+  if (match === undefined) {
+    return Effect.fail(new ApiError({ status: 405, type: "invalid_request_error", code: "method_not_allowed", message: `${request.method} is not allowed at ${path.slice(0, 200)}; ${allowed} are`, headers: { allow: allowed } }))
+  }
+  const { route, rest } = match
+  const call = { requestId, rest, request }
+  if (route.open === true) return Effect.scoped(route.handler(gateway, { ...call, tenant: "default", onStop: () => {} }))
+  const parent = Option.getOrUndefined(HttpTraceContext.fromHeaders(request.headers))
+  return Effect.gen(function* () {
+    const tenant = yield* attempt(() => {
+      if (!gateway.keys.required) refuseForeignOrigin(request.headers["origin"])
+      return gateway.keys.tenantOf(request.headers["authorization"])
+    })
+    if (gateway.admission.closing) return yield* Effect.fail(fromFault(shuttingDown))
+    if (route.method === "GET") return yield* route.handler(gateway, { ...call, tenant, onStop: () => {} })
+    const place = yield* Effect.acquireRelease(attempt(() => gateway.admission.enter()), ({ leave }) => Effect.sync(leave))
+    return yield* route.handler(gateway, { ...call, tenant, onStop: place.onStop })
+  }).pipe(Effect.scoped, Effect.withSpan("gateway.request", { parent, kind: "server", attributes: { "penstock.request.id": requestId, "http.route": route.path } }))
+}
+
+/** What is left of the path after the route's, or undefined where the route is another. */
+const restOf = (route: string, path: string): string | undefined => {
+  if (!route.endsWith("/*")) return route === path ? "" : undefined
+  const prefix = route.slice(0, -1)
+  if (!path.startsWith(prefix) || path.length === prefix.length) return undefined
+  try {
+    return decodeURIComponent(path.slice(prefix.length))
+  } catch {
+    return path.slice(prefix.length)
+  }
+}

@@ -1,0 +1,240 @@
+/**
+ * The typed face of the native addon, and the only TypeScript that touches it.
+ *
+ * Shapes are checked here, before anything crosses; native code throws plain `Error`s whose message
+ * begins with the place (a file, a tensor, a batch field) and says what was expected.
+ */
+import { existsSync } from "node:fs"
+import { createRequire } from "node:module"
+import { fileURLToPath } from "node:url"
+
+/** A metadata value of a GGUF file. 64-bit integers beyond 2^53 are refused by name. */
+export type GgufValue = number | boolean | string | ReadonlyArray<number> | ReadonlyArray<boolean> | ReadonlyArray<string>
+
+export interface GgufTensor {
+  readonly name: string
+  /** The format's own name: "F32", "F16", "Q4_0", "Q4_1", "Q8_0", … or "type 99" where it is not known. */
+  readonly type: string
+  /** Fastest dimension first, as in the file. */
+  readonly shape: ReadonlyArray<number>
+  readonly bytes: number
+}
+
+export interface Gguf {
+  readonly path: string
+  readonly version: number
+  readonly fileBytes: number
+  readonly metadata: ReadonlyMap<string, GgufValue>
+  readonly tensors: ReadonlyArray<GgufTensor>
+}
+
+/** Instruction sets, slowest first. All give the same bits. */
+export const instructionSets = ["reference", "avx2", "avx512"] as const
+export type InstructionSet = (typeof instructionSets)[number]
+
+export interface EngineOptions {
+  /** A GGUF file. It is mapped, and its matrices are repacked once. */
+  readonly path: string
+  /** Number of KV blocks in the pool; the pool is allocated once, here. */
+  readonly blocks: number
+  /** Tokens in a block. */
+  readonly blockTokens: number
+  /** Threads that compute a step, the one it is run on included. */
+  readonly threads: number
+  /** The best instruction set that may be used; the machine's best below it is chosen. Omitted: no limit. */
+  readonly isa?: InstructionSet
+  /** Most rows (tokens) in a step. */
+  readonly maxRows: number
+  /** Most outputs (sampled or scored rows) in a step. */
+  readonly maxOutputs: number
+  /** Most tokens in a sequence; at most the model's own context length, which is the default. */
+  readonly maxContext?: number
+}
+
+export interface EngineInfo {
+  readonly architecture: string
+  readonly layers: number
+  readonly hidden: number
+  readonly heads: number
+  readonly kvHeads: number
+  readonly headDim: number
+  readonly vocabulary: number
+  /** Most tokens in a sequence. */
+  readonly contextLength: number
+  readonly blocks: number
+  readonly blockTokens: number
+  /** Bytes of one exported block: layers x 2 x kvHeads x blockTokens x headDim x 2 (f16). */
+  readonly blockBytes: number
+  readonly isa: InstructionSet
+  readonly threads: number
+}
+
+/** Everything that decides how tokens are drawn. A sampler is a pure function of this and of the tokens so far. */
+export interface SamplerOptions {
+  /** 0: always the most likely token. */
+  readonly temperature: number
+  /** Keep the k most likely tokens; 0: all. */
+  readonly topK: number
+  /** Keep the smallest set whose probability reaches this; 1: all. */
+  readonly topP: number
+  /** Drop tokens less likely than this share of the most likely one's probability; 0: none. */
+  readonly minP: number
+  /** Divides positive and multiplies negative logits of tokens in prompt or output; 1: off (Keskar et al. 2019). */
+  readonly repetitionPenalty: number
+  /** Subtracted once from the logit of each token that occurs in the output. */
+  readonly presencePenalty: number
+  /** Subtracted for each occurrence in the output. */
+  readonly frequencyPenalty: number
+  /** Added to the logits of these tokens: [token, bias] pairs. */
+  readonly logitBias: ReadonlyArray<readonly [token: number, bias: number]>
+  /** These are never drawn while the output is shorter than `minTokens`. */
+  readonly suppressedTokens: ReadonlyArray<number>
+  readonly minTokens: number
+  /** Key of the counter-based generator, with `choice` and the position; an integer in 0 … 2^53-1. */
+  readonly seed: number
+  readonly choice: number
+}
+
+/** One step over a mixed batch. A segment is a run of consecutive tokens of one sequence. */
+export interface Batch {
+  readonly tokens: Int32Array // [rows] token ids, segment after segment
+  readonly segments: Int32Array // [segments, 4] rows, position of the first row, first entry in blockTables, entries
+  readonly blockTables: Int32Array // block numbers; entry i of a segment holds positions i*blockTokens …
+  readonly outputs: Int32Array // [outputs, 4] row, sampler (or -1), target token to score (or -1), number of top log probabilities (or -1: none at all, 0: that of the token only)
+  /** Also return the raw logits of every output; for tests. */
+  readonly wantLogits?: boolean
+}
+
+export interface StepResult {
+  readonly tokens: Int32Array // [outputs] drawn token, or the target
+  readonly logprobs: Float32Array // [outputs] log-softmax of the raw logits at that token; NaN where not asked for
+  readonly topWidth: number // widest number of top log probabilities asked for
+  readonly topTokens: Int32Array // [outputs, topWidth] most likely first, ties by lowest id; -1 beyond what was asked
+  readonly topLogprobs: Float32Array // [outputs, topWidth]
+  readonly logits: Float32Array | undefined // [outputs, vocabulary]
+  readonly computeMs: number // wall time of the step off the event loop
+}
+
+/** What the addon exports. `index.ts` is its only caller. */
+interface Addon {
+  readGguf(path: string): Promise<{
+    version: number
+    fileBytes: number
+    metadata: Array<[string, GgufValue]>
+    tensors: Array<GgufTensor>
+  }>
+  loadEngine(options: EngineOptions): Promise<NativeEngine>
+  bestInstructionSet(): InstructionSet
+  readonly numericsVersion: number
+}
+
+interface NativeEngine {
+  info(): EngineInfo
+  createSampler(options: SamplerOptions, prompt: Int32Array, output: Int32Array): number
+  freeSampler(id: number): void
+  samplers(): number
+  step(batch: Batch): Promise<StepResult>
+  exportBlock(block: number, into: Uint8Array): void
+  importBlock(block: number, from: Uint8Array): void
+  copyBlock(from: number, to: number): void
+  close(): Promise<void>
+}
+
+const addonPath = fileURLToPath(new URL("../build/kernels/penstock.node", import.meta.url))
+
+let addon: Addon | undefined
+
+const load = (): Addon => {
+  if (addon === undefined) {
+    if (!existsSync(addonPath)) throw new Error(`the native addon is not built (${addonPath}): run npm run build`)
+    addon = createRequire(import.meta.url)(addonPath) as Addon
+  }
+  return addon
+}
+
+/**
+ * Reads the header of a GGUF v3 file: metadata and tensor descriptions, no weights. Every count, length and offset is
+ * checked against the file's size first; a hostile file is an error that names the file and the place in it.
+ * Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+ */
+export const readGguf = async (path: string): Promise<Gguf> => {
+  const { metadata, ...rest } = await load().readGguf(path)
+  return { path, ...rest, metadata: new Map(metadata) }
+}
+
+/** The best instruction set of this machine that the addon has a path for. */
+export const bestInstructionSet = (): InstructionSet => load().bestInstructionSet()
+
+/** Version of the numerics: a change of any bit of any result raises it. Part of the KV format id. */
+export const numericsVersion = (): number => load().numericsVersion
+
+/**
+ * A model, its repacked weights and its KV pool on one device. One step runs at a time; a second call before the first
+ * has settled is a programmer's error and rejects.
+ */
+export class Engine {
+  readonly info: EngineInfo
+  readonly #native: NativeEngine
+
+  private constructor(native: NativeEngine) {
+    this.#native = native
+    this.info = native.info()
+  }
+
+  /** Maps and repacks the model and allocates the pool, off the event loop. */
+  static async load(options: EngineOptions): Promise<Engine> {
+    for (const key of ["blocks", "blockTokens", "threads", "maxRows", "maxOutputs"] as const) {
+      if (!Number.isInteger(options[key]) || options[key] < 1) throw new Error(`${key}: expected a positive integer, found ${options[key]}`)
+    }
+    return new Engine(await load().loadEngine(options))
+  }
+
+  /**
+   * A sampler with the tokens so far; its number goes into `Batch.outputs`. `step` appends what it draws. A sampler made
+   * with the same options and tokens continues identically, here or elsewhere.
+   */
+  createSampler(options: SamplerOptions, prompt: Int32Array, output: Int32Array): number {
+    return this.#native.createSampler(options, prompt, output)
+  }
+
+  freeSampler(id: number): void {
+    this.#native.freeSampler(id)
+  }
+
+  /** Number of live samplers. */
+  get samplers(): number {
+    return this.#native.samplers()
+  }
+
+  /** Runs one step off the event loop: writes the rows' KV into their blocks, then draws or scores each output. */
+  step(batch: Batch): Promise<StepResult> {
+    return this.#native.step(batch)
+  }
+
+  /** Copies a block out in the wire layout [layer][K|V][kv head][token][head dim] f16 little-endian, `info.blockBytes` long. */
+  exportBlock(block: number, into: Uint8Array): void {
+    this.#checkBlock(block, into)
+    this.#native.exportBlock(block, into)
+  }
+
+  /** The inverse of `exportBlock`. */
+  importBlock(block: number, from: Uint8Array): void {
+    this.#checkBlock(block, from)
+    this.#native.importBlock(block, from)
+  }
+
+  /** Copies all layers of a block, for copy-on-write. Not while a step that writes `from` or reads `to` is in flight. */
+  copyBlock(from: number, to: number): void {
+    this.#native.copyBlock(from, to)
+  }
+
+  /** Frees weights and pool after a step in flight has ended. */
+  close(): Promise<void> {
+    return this.#native.close()
+  }
+
+  #checkBlock(block: number, bytes: Uint8Array): void {
+    if (!Number.isInteger(block) || block < 0 || block >= this.info.blocks) throw new Error(`block: ${block} is not in 0 … ${this.info.blocks - 1}`)
+    if (bytes.byteLength !== this.info.blockBytes) throw new Error(`block bytes: expected ${this.info.blockBytes}, found ${bytes.byteLength}`)
+  }
+}

@@ -1,0 +1,13 @@
+// What the addon exports, and nothing else; kernels/index.ts describes it.
+#include <napi.h>
+
+#include "engine_binding.h"
+#include "gguf_binding.h"
+
+static Napi::Object init(Napi::Env env, Napi::Object exports) {
+  penstock::register_gguf(env, exports);
+  penstock::register_engine(env, exports);
+  return exports;
+}
+
+NODE_API_MODULE(penstock, init)

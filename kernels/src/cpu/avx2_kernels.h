@@ -1,0 +1,16 @@
+// The AVX2 forms of the functions in Kernels.
+#pragma once
+
+#include "kernels.h"
+
+namespace penstock::avx2 {
+
+void rms_norm(const float* x, const float* weight, int length, int padded, float epsilon, float* y);
+void swiglu(const float* gate, const float* up, int padded, float* y);
+void rotate(float* x, const float* cos, const float* sin, int length);
+void to_half(const float* x, int length, uint16_t* y);
+void quantise(const float* x, int length, QuantisedRow row);
+void linear(const Matrix& matrix, int first, int last, const LinearInput& input, float* out, size_t out_stride, uint8_t* scratch);
+void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float* scratch);
+
+}  // namespace penstock::avx2

@@ -1,0 +1,99 @@
+// AVX2: what is done to one row at a time.
+#include "avx2_kernels.h"
+#include "avx2_math.h"
+
+namespace penstock {
+
+namespace avx2 {
+
+void rms_norm(const float* x, const float* weight, int length, int padded, float epsilon, float* y) {
+  Lanes sum = zero_lanes();
+  for (int i = 0; i < padded; i += 16) {
+    const __m256 a = _mm256_loadu_ps(x + i);
+    const __m256 b = _mm256_loadu_ps(x + i + 8);
+    sum.low = _mm256_fmadd_ps(a, a, sum.low);
+    sum.high = _mm256_fmadd_ps(b, b, sum.high);
+  }
+  const float mean = tree_sum16(sum) / static_cast<float>(length);
+  const __m256 scale = _mm256_set1_ps(1.0f / std::sqrt(mean + epsilon));
+  for (int i = 0; i < padded; i += 8) {
+    _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), scale), _mm256_loadu_ps(weight + i)));
+  }
+}
+
+void swiglu(const float* gate, const float* up, int padded, float* y) {
+  const __m256 one = _mm256_set1_ps(1.0f);
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  for (int i = 0; i < padded; i += 8) {
+    const __m256 g = _mm256_loadu_ps(gate + i);
+    const __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, fixed_exp(_mm256_xor_ps(g, sign))));
+    _mm256_storeu_ps(y + i, _mm256_mul_ps(silu, _mm256_loadu_ps(up + i)));
+  }
+}
+
+void rotate(float* x, const float* cos, const float* sin, int length) {
+  int i = 0;
+  for (; i + 8 <= length; i += 8) {
+    const __m256 v = _mm256_loadu_ps(x + i);
+    const __m256 swapped = _mm256_permute_ps(v, 0xb1);  // neighbours change places
+    _mm256_storeu_ps(x + i, _mm256_fmadd_ps(v, _mm256_loadu_ps(cos + i), _mm256_mul_ps(swapped, _mm256_loadu_ps(sin + i))));
+  }
+  for (; i < length; i += 2) {
+    const float even = std::fma(x[i], cos[i], x[i + 1] * sin[i]);
+    const float odd = std::fma(x[i + 1], cos[i + 1], x[i] * sin[i + 1]);
+    x[i] = even;
+    x[i + 1] = odd;
+  }
+}
+
+void to_half(const float* x, int length, uint16_t* y) {
+  int i = 0;
+  for (; i + 8 <= length; i += 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+  }
+  for (; i < length; ++i) y[i] = half_of_float(x[i]);
+}
+
+void quantise(const float* x, int length, QuantisedRow row) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // what the packs interleave, back in order
+  for (int b = 0; b < length / kBlock; ++b, x += kBlock) {
+    __m256 v[4];
+    __m256i greatest = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm256_loadu_ps(x + 8 * i);
+      greatest = _mm256_max_epi32(greatest, _mm256_and_si256(_mm256_castps_si256(v[i]), magnitude));
+    }
+    __m128i g = _mm_max_epi32(_mm256_castsi256_si128(greatest), _mm256_extracti128_si256(greatest, 1));
+    g = _mm_max_epi32(g, _mm_shuffle_epi32(g, 0x4e));
+    g = _mm_max_epi32(g, _mm_shuffle_epi32(g, 0xb1));
+    const float max = _mm_cvtss_f32(_mm_castsi128_ps(g));
+    const bool zero = max < kSmallestBlock;
+    const float scale = zero ? 0.0f : max * (1.0f / 127.0f);
+    const __m256 inverse = _mm256_set1_ps(zero ? 0.0f : 127.0f / max);
+    __m256i q[4];
+    __m256i sums = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));  // to nearest, as the thread's mode says
+      sums = _mm256_add_epi32(sums, q[i]);
+    }
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+    const int32_t sum = _mm_cvtsi128_si32(s);
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.values + b * kBlock), _mm256_permutevar8x32_epi32(bytes, order));
+    row.scales[b] = scale;
+    row.offsets[b] = scale * static_cast<float>(sum);
+    row.sums[b] = sum;
+  }
+}
+
+}  // namespace avx2
+
+const Kernels kAvx2Kernels = {InstructionSet::Avx2, avx2::rms_norm, avx2::swiglu, avx2::rotate,
+                              avx2::to_half,        avx2::quantise, avx2::linear, avx2::attend};
+
+}  // namespace penstock

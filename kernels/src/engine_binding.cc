@@ -1,0 +1,392 @@
+#include "engine_binding.h"
+
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "engine.h"
+
+namespace penstock {
+
+namespace {
+
+class NativeEngine;
+
+// Runs what was prepared; the wrapper is kept alive until then.
+class StepWorker : public Napi::AsyncWorker {
+ public:
+  StepWorker(Napi::Env env, std::shared_ptr<Engine> engine, NativeEngine* owner, Napi::Object owner_object)
+      : Napi::AsyncWorker(env, "penstock.step"),
+        deferred_(Napi::Promise::Deferred::New(env)),
+        engine_(std::move(engine)),
+        owner_(owner),
+        owner_object_(Napi::Persistent(owner_object)) {}
+
+  Napi::Promise promise() const { return deferred_.Promise(); }
+
+  void Execute() override {
+    try {
+      result_ = engine_->run();
+    } catch (const std::exception& error) {
+      SetError(error.what());
+    }
+  }
+  void OnOK() override;
+  void OnError(const Napi::Error& error) override;
+
+ private:
+  Napi::Promise::Deferred deferred_;
+  std::shared_ptr<Engine> engine_;
+  NativeEngine* owner_;
+  Napi::ObjectReference owner_object_;
+  StepResult result_;
+};
+
+// Lets go of the last reference to an engine off the event loop: unmapping a large pool takes a while.
+class CloseWorker : public Napi::AsyncWorker {
+ public:
+  CloseWorker(Napi::Env env, std::shared_ptr<Engine> engine, std::vector<Napi::Promise::Deferred> waiting)
+      : Napi::AsyncWorker(env, "penstock.close"), engine_(std::move(engine)), waiting_(std::move(waiting)) {}
+
+  void Execute() override { engine_.reset(); }
+  void OnOK() override {
+    for (const Napi::Promise::Deferred& deferred : waiting_) deferred.Resolve(Env().Undefined());
+  }
+
+ private:
+  std::shared_ptr<Engine> engine_;
+  std::vector<Napi::Promise::Deferred> waiting_;
+};
+
+// NativeEngine of kernels/index.ts. Its methods run on the event loop.
+class NativeEngine : public Napi::ObjectWrap<NativeEngine> {
+ public:
+  static Napi::Function define(Napi::Env env) {
+    return DefineClass(env, "NativeEngine",
+                       {InstanceMethod("info", &NativeEngine::info), InstanceMethod("createSampler", &NativeEngine::create_sampler),
+                        InstanceMethod("freeSampler", &NativeEngine::free_sampler),
+                        InstanceMethod("samplers", &NativeEngine::samplers), InstanceMethod("step", &NativeEngine::step),
+                        InstanceMethod("exportBlock", &NativeEngine::export_block),
+                        InstanceMethod("importBlock", &NativeEngine::import_block),
+                        InstanceMethod("copyBlock", &NativeEngine::copy_block), InstanceMethod("close", &NativeEngine::close)});
+  }
+
+  explicit NativeEngine(const Napi::CallbackInfo& info) : Napi::ObjectWrap<NativeEngine>(info) {
+    if (info.Length() != 1 || !info[0].IsExternal()) throw Napi::TypeError::New(info.Env(), "NativeEngine: use loadEngine");
+    engine_ = std::move(*info[0].As<Napi::External<std::shared_ptr<Engine>>>().Data());
+  }
+
+  // On the event loop, when the step in flight has settled.
+  void step_ended() {
+    stepping_ = false;
+    if (closing_) release();
+  }
+
+ private:
+  Engine& engine() const {
+    if (engine_ == nullptr || closing_) throw std::runtime_error("engine: it is closed");
+    return *engine_;
+  }
+
+  Napi::Value info(const Napi::CallbackInfo& info);
+  Napi::Value create_sampler(const Napi::CallbackInfo& info);
+  Napi::Value free_sampler(const Napi::CallbackInfo& info);
+  Napi::Value samplers(const Napi::CallbackInfo& info);
+  Napi::Value step(const Napi::CallbackInfo& info);
+  Napi::Value export_block(const Napi::CallbackInfo& info);
+  Napi::Value import_block(const Napi::CallbackInfo& info);
+  Napi::Value copy_block(const Napi::CallbackInfo& info);
+  Napi::Value close(const Napi::CallbackInfo& info);
+  uint8_t* block_bytes(const Napi::CallbackInfo& info, int& block) const;
+  void release();
+
+  std::shared_ptr<Engine> engine_;  // null once closed
+  bool stepping_ = false;
+  bool closing_ = false;
+  std::vector<Napi::Promise::Deferred> waiting_;  // for the end of the step in flight, then for the close
+};
+
+Napi::Value NativeEngine::info(const Napi::CallbackInfo& info) {
+  return guarded(info, [&] {
+    const Engine& engine = this->engine();
+    const ModelShape& shape = engine.shape();
+    const EngineOptions& options = engine.options();
+    Napi::Object out = Napi::Object::New(info.Env());
+    out.Set("architecture", shape.architecture);
+    out.Set("layers", shape.layers);
+    out.Set("hidden", shape.hidden);
+    out.Set("heads", shape.heads);
+    out.Set("kvHeads", shape.kv_heads);
+    out.Set("headDim", shape.head_dim);
+    out.Set("vocabulary", shape.vocabulary);
+    out.Set("contextLength", options.max_context);
+    out.Set("blocks", options.blocks);
+    out.Set("blockTokens", options.block_tokens);
+    out.Set("blockBytes", static_cast<double>(engine.kv().block_bytes()));
+    out.Set("isa", instruction_set_name(engine.isa()));
+    out.Set("threads", options.threads);
+    return Napi::Value(out);
+  });
+}
+
+Napi::Value NativeEngine::create_sampler(const Napi::CallbackInfo& info) {
+  return guarded(info, [&] {
+    Engine& engine = this->engine();
+    const Napi::Object options = object_argument(info, 0, "SamplerOptions");
+    constexpr double kFloat = 3.4e38;
+    constexpr double kInt = 2147483647.0;
+    constexpr double kSafe = 9007199254740991.0;
+    SamplerOptions out;
+    out.temperature = static_cast<float>(number_field(options, "temperature", 0.0, kFloat));
+    out.top_k = static_cast<int32_t>(integer_field(options, "topK", 0.0, kInt));
+    out.top_p = static_cast<float>(number_field(options, "topP", 0.0, 1.0));
+    out.min_p = static_cast<float>(number_field(options, "minP", 0.0, 1.0));
+    out.repetition_penalty = static_cast<float>(number_field(options, "repetitionPenalty", 0.0, kFloat));
+    out.presence_penalty = static_cast<float>(number_field(options, "presencePenalty", -kFloat, kFloat));
+    out.frequency_penalty = static_cast<float>(number_field(options, "frequencyPenalty", -kFloat, kFloat));
+    out.min_tokens = static_cast<int32_t>(integer_field(options, "minTokens", 0.0, kInt));
+    out.seed = static_cast<uint64_t>(integer_field(options, "seed", 0.0, kSafe));
+    out.choice = static_cast<uint32_t>(integer_field(options, "choice", 0.0, kInt));
+    const Napi::Array biases = array_field(options, "logitBias");
+    for (uint32_t i = 0; i < biases.Length(); ++i) {
+      const std::string place = "logitBias[" + std::to_string(i) + "]";
+      const Napi::Value pair = biases.Get(i);
+      if (!pair.IsArray() || pair.As<Napi::Array>().Length() != 2) throw std::runtime_error(place + ": expected [token, bias]");
+      const Napi::Array both = pair.As<Napi::Array>();
+      out.logit_bias.emplace_back(static_cast<int32_t>(integer_value(both.Get(uint32_t{0}), place, 0.0, kInt)),
+                                  static_cast<float>(number_value(both.Get(uint32_t{1}), place, -kFloat, kFloat)));
+    }
+    const Napi::Array suppressed = array_field(options, "suppressedTokens");
+    for (uint32_t i = 0; i < suppressed.Length(); ++i) {
+      const std::string place = "suppressedTokens[" + std::to_string(i) + "]";
+      out.suppressed_tokens.push_back(static_cast<int32_t>(integer_value(suppressed.Get(i), place, 0.0, kInt)));
+    }
+    const int32_t id = engine.create_sampler(std::move(out), int32_argument(info, 1, "prompt"), int32_argument(info, 2, "output"));
+    return Napi::Value(Napi::Number::New(info.Env(), id));
+  });
+}
+
+Napi::Value NativeEngine::free_sampler(const Napi::CallbackInfo& info) {
+  return guarded(info, [&] {
+    engine().free_sampler(static_cast<int32_t>(integer_value(argument(info, 0), "sampler", 0.0, 2147483647.0)));
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value NativeEngine::samplers(const Napi::CallbackInfo& info) {
+  return guarded(info, [&] { return Napi::Value(Napi::Number::New(info.Env(), static_cast<double>(engine().samplers()))); });
+}
+
+Napi::Value NativeEngine::step(const Napi::CallbackInfo& info) {
+  return promised(info, [&](Napi::Env env) {
+    Engine& engine = this->engine();
+    if (stepping_) throw std::runtime_error("step: another step is in flight");
+    const Napi::Object object = object_argument(info, 0, "Batch");
+    Batch batch;
+    batch.tokens = int32_field(object, "tokens");
+    batch.segments = int32_field(object, "segments");
+    batch.block_tables = int32_field(object, "blockTables");
+    batch.outputs = int32_field(object, "outputs");
+    batch.want_logits = object.Get("wantLogits").ToBoolean();
+    engine.prepare(std::move(batch));
+    auto* worker = new StepWorker(env, engine_, this, info.This().As<Napi::Object>());
+    const Napi::Promise promise = worker->promise();
+    worker->Queue();
+    stepping_ = true;
+    return promise;
+  });
+}
+
+// The bytes of a block and its number, both checked.
+uint8_t* NativeEngine::block_bytes(const Napi::CallbackInfo& info, int& block) const {
+  const double number = integer_value(argument(info, 0), "block", 0.0, engine().options().blocks - 1.0);
+  block = static_cast<int>(number);
+  const Napi::Value bytes = argument(info, 1);
+  if (!bytes.IsTypedArray() || bytes.As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array) {
+    throw std::runtime_error("block bytes: expected a Uint8Array");
+  }
+  Napi::Uint8Array array = bytes.As<Napi::Uint8Array>();
+  const size_t expected = engine().kv().block_bytes();
+  if (array.ByteLength() != expected) {
+    throw std::runtime_error("block bytes: expected " + std::to_string(expected) + ", found " + std::to_string(array.ByteLength()));
+  }
+  return array.Data();
+}
+
+Napi::Value NativeEngine::export_block(const Napi::CallbackInfo& info) {
+  return guarded(info, [&] {
+    int block;
+    uint8_t* into = block_bytes(info, block);
+    engine().export_block(block, into);
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value NativeEngine::import_block(const Napi::CallbackInfo& info) {
+  return guarded(info, [&] {
+    int block;
+    const uint8_t* from = block_bytes(info, block);
+    engine().import_block(block, from);
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value NativeEngine::copy_block(const Napi::CallbackInfo& info) {
+  return guarded(info, [&] {
+    const double last = engine().options().blocks - 1.0;
+    const int from = static_cast<int>(integer_value(argument(info, 0), "from", 0.0, last));
+    const int to = static_cast<int>(integer_value(argument(info, 1), "to", 0.0, last));
+    engine().copy_block(from, to);
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value NativeEngine::close(const Napi::CallbackInfo& info) {
+  return promised(info, [&](Napi::Env env) {
+    const auto deferred = Napi::Promise::Deferred::New(env);
+    if (engine_ == nullptr) {  // closed, or about to be
+      deferred.Resolve(env.Undefined());
+    } else {
+      closing_ = true;
+      waiting_.push_back(deferred);
+      if (!stepping_) release();
+    }
+    return deferred.Promise();
+  });
+}
+
+void NativeEngine::release() {
+  auto* worker = new CloseWorker(Env(), std::move(engine_), std::move(waiting_));
+  engine_ = nullptr;
+  waiting_.clear();
+  worker->Queue();
+}
+
+// ---- results ----
+
+Napi::Value int32_array(Napi::Env env, const std::vector<int32_t>& values) {
+  Napi::Int32Array array = Napi::Int32Array::New(env, values.size());
+  if (!values.empty()) std::memcpy(array.Data(), values.data(), values.size() * sizeof(int32_t));
+  return array;
+}
+
+Napi::Value float_array(Napi::Env env, const std::vector<float>& values) {
+  Napi::Float32Array array = Napi::Float32Array::New(env, values.size());
+  if (!values.empty()) std::memcpy(array.Data(), values.data(), values.size() * sizeof(float));
+  return array;
+}
+
+void StepWorker::OnOK() {
+  engine_.reset();
+  owner_->step_ended();
+  const Napi::Env env = Env();
+  try {
+    Napi::Object out = Napi::Object::New(env);
+    out.Set("tokens", int32_array(env, result_.tokens));
+    out.Set("logprobs", float_array(env, result_.logprobs));
+    out.Set("topWidth", result_.top_width);
+    out.Set("topTokens", int32_array(env, result_.top_tokens));
+    out.Set("topLogprobs", float_array(env, result_.top_logprobs));
+    out.Set("logits", result_.logits.empty() ? env.Undefined() : float_array(env, result_.logits));
+    out.Set("computeMs", result_.compute_ms);
+    deferred_.Resolve(out);
+  } catch (const Napi::Error& error) {
+    deferred_.Reject(error.Value());
+  }
+}
+
+void StepWorker::OnError(const Napi::Error& error) {
+  engine_.reset();
+  owner_->step_ended();
+  deferred_.Reject(error.Value());
+}
+
+// ---- loading ----
+
+class LoadWorker : public Napi::AsyncWorker {
+ public:
+  LoadWorker(Napi::Env env, EngineOptions options)
+      : Napi::AsyncWorker(env, "penstock.loadEngine"), deferred_(Napi::Promise::Deferred::New(env)), options_(std::move(options)) {}
+
+  Napi::Promise promise() const { return deferred_.Promise(); }
+
+  void Execute() override {
+    try {
+      engine_ = std::make_shared<Engine>(options_);
+    } catch (const std::bad_alloc&) {
+      SetError("loadEngine: not enough memory for blocks, maxRows and maxOutputs");
+    } catch (const std::exception& error) {
+      SetError(error.what());
+    }
+  }
+
+  void OnOK() override {
+    const Napi::Env env = Env();
+    try {
+      const auto* constructor = env.GetInstanceData<Napi::FunctionReference>();
+      deferred_.Resolve(constructor->New({Napi::External<std::shared_ptr<Engine>>::New(env, &engine_)}));
+    } catch (const Napi::Error& error) {
+      deferred_.Reject(error.Value());
+    }
+  }
+
+  void OnError(const Napi::Error& error) override { deferred_.Reject(error.Value()); }
+
+ private:
+  Napi::Promise::Deferred deferred_;
+  EngineOptions options_;
+  std::shared_ptr<Engine> engine_;
+};
+
+InstructionSet isa_field(const Napi::Object& options) {
+  const Napi::Value value = options.Get("isa");
+  if (value.IsUndefined()) return InstructionSet::Avx512;
+  const std::string name = value.IsString() ? value.As<Napi::String>().Utf8Value() : "";
+  for (InstructionSet isa : {InstructionSet::Reference, InstructionSet::Avx2, InstructionSet::Avx512}) {
+    if (name == instruction_set_name(isa)) return isa;
+  }
+  throw std::runtime_error("isa: expected reference, avx2 or avx512");
+}
+
+Napi::Value load_engine(const Napi::CallbackInfo& info) {
+  return promised(info, [&](Napi::Env env) {
+    const Napi::Object object = object_argument(info, 0, "EngineOptions");
+    const Napi::Value path = object.Get("path");
+    if (!path.IsString()) throw std::runtime_error("path: expected a string");
+    EngineOptions options;
+    options.path = path.As<Napi::String>().Utf8Value();
+    options.blocks = static_cast<int>(integer_field(object, "blocks", 1.0, 1 << 26));
+    options.block_tokens = static_cast<int>(integer_field(object, "blockTokens", 1.0, 1 << 12));
+    options.threads = static_cast<int>(integer_field(object, "threads", 1.0, 1024.0));
+    options.max_rows = static_cast<int>(integer_field(object, "maxRows", 1.0, 1 << 16));
+    options.max_outputs = static_cast<int>(integer_field(object, "maxOutputs", 1.0, 1 << 16));
+    options.max_context = object.Get("maxContext").IsUndefined() ? 0 : static_cast<int>(integer_field(object, "maxContext", 1.0, 1 << 24));
+    options.isa = isa_field(object);
+    auto* worker = new LoadWorker(env, std::move(options));
+    const Napi::Promise promise = worker->promise();
+    worker->Queue();
+    return promise;
+  });
+}
+
+}  // namespace
+
+void register_engine(Napi::Env env, Napi::Object exports) {
+  exports.Set("numericsVersion", Engine::kNumericsVersion);
+  auto* constructor = new Napi::FunctionReference(Napi::Persistent(NativeEngine::define(env)));
+  env.SetInstanceData(constructor);  // freed with the environment
+  exports.Set("loadEngine", Napi::Function::New(env, load_engine, "loadEngine"));
+  exports.Set("bestInstructionSet", Napi::Function::New(
+                                        env,
+                                        [](const Napi::CallbackInfo& info) {
+                                          return Napi::String::New(info.Env(), instruction_set_name(best_instruction_set()));
+                                        },
+                                        "bestInstructionSet"));
+}
+
+}  // namespace penstock

@@ -1,0 +1,112 @@
+// The forward pass of the llama architecture over one batch, with all scratch allocated beforehand.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "kv_pool.h"
+#include "model.h"
+#include "region.h"
+#include "thread_pool.h"
+
+namespace penstock {
+
+// Consecutive tokens of one sequence.
+struct Segment {
+  int first_row;
+  int rows;
+  int position;          // of the first row
+  const int32_t* table;  // block numbers; entry i holds positions i * block_tokens …
+};
+
+class Forward {
+ public:
+  Forward(const Model& model, const Kernels& kernels, KvPool& kv, ThreadPool& pool, int max_rows, int max_logit_rows);
+
+  // Lays out a step. The arrays have to live until `run` has ended.
+  void plan(const int32_t* tokens, const std::vector<Segment>& segments, const std::vector<int>& logit_rows);
+
+  // Called on every thread of the pool: writes the rows' KV and computes the logits of the rows asked for.
+  void run(int thread);
+
+  // [logit_rows, vocabulary padded to 16]
+  const float* logits(int row) const { return logits_ + row * logit_stride_; }
+
+ private:
+  struct AttentionTask {
+    const Segment* segment;
+    int first;   // row within the segment
+    int tokens;  // rows
+    int kv_head;
+  };
+
+  // What one thread needs for itself.
+  struct ThreadScratch {
+    uint8_t* linear;   // linear_scratch of the largest matrix
+    float* attend;     // [kAttendScratch]
+    float* totals;     // [kMostQueries, value_stride]
+    uint16_t* gather;  // [kTileGroups, head_dim, 16] keys whose blocks are not a multiple of 16 tokens
+  };
+
+  struct Product {
+    const Matrix* matrix;
+    float* out;  // [rows, stride]
+    size_t stride;
+  };
+
+  size_t carve(void* base);
+  void embed(int row);
+  void normalise(const float* x, const float* weight, int row);
+  void quantise(int row, int length);
+  template <class Body, class RowBody>
+  void for_each_then_rows(int tasks, int rows, Body&& body, RowBody&& row_body);
+  template <class RowBody>
+  void multiply(int thread, int rows, const Product* products, int count, RowBody&& row_body);
+  void add(int row);
+  void gate(int row);
+  void store_kv(int layer, int row);
+  void attend(int thread, int layer, const AttentionTask& task);
+  void gather_tile(const Segment& segment, int layer, int kv_head, int start, int tokens, uint16_t* gather, KeyTile& tile) const;
+
+  const Model& model_;
+  const ModelShape& shape_;
+  const Kernels& kernels_;
+  KvPool& kv_;
+  ThreadPool& pool_;
+  const int max_rows_;
+  const int max_logit_rows_;
+
+  // Strides in elements.
+  size_t hidden_;       // hidden padded
+  size_t wide_;         // widest input of a linear layer
+  size_t qkv_;          // queries, keys and values side by side, each padded
+  size_t key_offset_;   // of the keys in a row of qkv_
+  size_t value_offset_;
+  size_t ffn_;          // feed_forward padded; the gate and the up projection lie side by side
+  size_t logit_stride_;
+  size_t linear_scratch_ = 0;
+
+  Region memory_;
+  float* x_;          // [rows, hidden] the residual stream
+  float* y_;          // [rows, wide] input of the next linear layer
+  float* z_;          // [rows, hidden] what the residual stream gains
+  float* projected_;  // [rows, qkv] or [rows, 2 * ffn]
+  float* cos_;        // [rows, rotary]
+  float* sin_;        // [rows, rotary], signed as Kernels::rotate wants it
+  int8_t* values_;    // [rows, wide] y_ quantised, with its scales, offsets and sums
+  float* scales_;     // [rows, wide / 32]
+  float* offsets_;    // [rows, wide / 32]
+  int32_t* sums_;     // [rows, wide / 32]
+  float* logits_;     // [logit rows, logit_stride]
+  std::vector<ThreadScratch> scratch_;  // [threads]
+
+  // The step being run.
+  const int32_t* tokens_ = nullptr;
+  int rows_ = 0;
+  const std::vector<int>* logit_rows_ = nullptr;
+  std::vector<const Segment*> segment_of_;  // [rows]
+  std::vector<AttentionTask> tasks_;        // longest first
+};
+
+}  // namespace penstock

@@ -1,0 +1,133 @@
+import { afterEach, beforeEach, describe, expect, it } from "vitest"
+import { header } from "../../actors/runtime/bus.ts"
+import { Fault, type FaultCode } from "../../actors/runtime/fault.ts"
+import { limits } from "../../config/limits.ts"
+import type { ErrorBody } from "../../gateway/errors.ts"
+import { sseEvents, startGateway, type StartedGateway } from "../support/start-gateway.ts"
+
+let server: StartedGateway
+beforeEach(async () => {
+  server = await startGateway({ bounds: { requests: 2 } })
+})
+afterEach(() => server.close())
+
+const chat = { model: "tiny", messages: [{ role: "user", content: "x" }] }
+
+const table: ReadonlyArray<readonly [FaultCode, status: number, code: string | null]> = [
+  ["invalid_request", 400, null],
+  ["context_length_exceeded", 400, "context_length_exceeded"],
+  ["model_not_found", 404, "model_not_found"],
+  ["overloaded", 429, "rate_limit_exceeded"],
+  ["unavailable", 503, "unavailable"],
+  ["shutting_down", 503, "shutting_down"],
+  ["deadline_exceeded", 504, "deadline_exceeded"],
+  ["disconnected", 502, "disconnected"],
+  ["cancelled", 499, "cancelled"],
+  ["internal", 500, "internal_error"],
+]
+
+describe("a fault of the request actor", () => {
+  it.each(table)("%s before the first byte has status %i, streamed or not", async (fault, status, code) => {
+    server.actor.script = (generation) => generation.fail(fault, "because", { param: "messages", retryAfterMs: fault === "overloaded" ? 1500 : undefined })
+    for (const stream of [false, true]) {
+      const response = await server.post("/v1/chat/completions", { ...chat, stream })
+      expect(response.status).toBe(status)
+      expect(response.headers.get("retry-after")).toBe(fault === "overloaded" ? "2" : null)
+      expect(response.headers.get("x-request-id")).toMatch(/^req_/)
+      expect(await response.json()).toMatchObject({ error: { message: "because", code, param: "messages" } })
+    }
+  })
+
+  it("a refusal before the stream is accepted has its status too", async () => {
+    server.actor.refusal = new Fault({ code: "overloaded", message: "full", hop: "request fake" })
+    const response = await server.post("/v1/chat/completions", chat)
+    expect(response.status).toBe(429)
+    expect(response.headers.get("retry-after")).toBe(String(limits.retryAfterMs / 1000))
+  })
+
+  it("mid-stream it is an error event, and the stream ends without [DONE]", async () => {
+    server.actor.script = (generation) => {
+      generation.prompt()
+      generation.delta(0, "Hel", [1])
+      generation.fail("disconnected", "decode w0: gone")
+    }
+    const events = sseEvents(await (await server.post("/v1/chat/completions", { ...chat, stream: true })).text())
+    expect(events.at(-1)).toEqual({ error: { message: "decode w0: gone", type: "server_error", param: null, code: "disconnected" } })
+    expect(events).not.toContain("[DONE]")
+    const stream = await server.client.chat.completions.create({ model: "tiny", messages: [{ role: "user", content: "x" }], stream: true })
+    await expect(async () => {
+      for await (const _ of stream);
+    }).rejects.toMatchObject({ code: "disconnected" })
+  })
+
+  it("a stream that ends before it is done is a failure and not a short answer", async () => {
+    server.actor.script = (generation) => {
+      generation.prompt()
+      generation.delta(0, "Hel", [1])
+      generation.writer.end()
+    }
+    expect((await server.post("/v1/chat/completions", chat)).status).toBe(502)
+  })
+
+  it("nobody serving requests is a 503", async () => {
+    const alone = await startGateway({ cluster: "empty" })
+    const response = await alone.post("/v1/chat/completions", chat)
+    expect(response.status).toBe(503)
+    expect(await response.json()).toMatchObject({ error: { code: "unavailable" } })
+    expect((await alone.post("/tokenize", { content: "x" })).status).toBe(503)
+    await alone.close()
+  })
+})
+
+describe("a fault that may be retried", () => {
+  it("before the first token: the request is sent again as a later attempt, and the client sees one answer", async () => {
+    server.actor.script = (generation) => {
+      if (generation.message.attempt === 0) {
+        generation.prompt()
+        generation.fail("disconnected")
+      } else generation.say(["Hello"])
+    }
+    const events = sseEvents(await (await server.post("/v1/chat/completions", { ...chat, seed: 5, stream: true })).text())
+    expect(events.map((event) => (event as { choices?: Array<{ delta: object }> }).choices?.[0]?.delta)).toEqual([{ role: "assistant", content: "" }, { content: "Hello" }, {}, undefined])
+    const [first, second] = server.actor.generations.map(({ message }) => message)
+    expect(second).toMatchObject({ requestId: first!.requestId, attempt: 1, sampling: first!.sampling })
+    expect(second!.delivered.map(({ byteLength }) => byteLength)).toEqual([0])
+    expect(Number(server.actor.generations[1]!.headers[header.budgetMs])).toBeLessThan(Number(server.actor.generations[0]!.headers[header.budgetMs]))
+  })
+
+  it("is not retried for ever, nor after the first token, nor when overloaded", async () => {
+    server.actor.script = (generation) => generation.fail("unavailable")
+    expect((await server.post("/v1/chat/completions", chat)).status).toBe(503)
+    expect(server.actor.generations).toHaveLength(limits.generateAttempts)
+    server.actor.script = (generation) => generation.fail("overloaded")
+    expect((await server.post("/v1/chat/completions", chat)).status).toBe(429)
+    expect(server.actor.generations).toHaveLength(limits.generateAttempts + 1)
+    server.actor.script = (generation) => {
+      generation.prompt()
+      generation.delta(0, "x", [1])
+      generation.fail("disconnected")
+    }
+    expect((await server.post("/v1/chat/completions", chat)).status).toBe(502)
+    expect(server.actor.generations).toHaveLength(limits.generateAttempts + 2)
+  })
+})
+
+describe("admission", () => {
+  it("beyond its open requests the gateway answers 429, and admits again when one has ended", async () => {
+    server.actor.script = (generation) => generation.prompt()
+    const open = [server.post("/v1/chat/completions", { ...chat, stream: true }), server.post("/v1/completions", { model: "tiny", prompt: "x" })]
+    await server.actor.nth(1)
+    const refused = await server.post("/v1/chat/completions", chat)
+    expect(refused.status).toBe(429)
+    expect(refused.headers.get("retry-after")).toBe("1")
+    expect(((await refused.json()) as ErrorBody).error.code).toBe("rate_limit_exceeded")
+    expect((await fetch(`${server.url}/health`)).status).toBe(200)
+    for (const generation of server.actor.generations) {
+      generation.delta(0, "x", [1], "stop")
+      generation.done()
+    }
+    for (const response of open) await (await response).text()
+    server.actor.script = (generation) => generation.say(["x"])
+    expect((await server.post("/v1/chat/completions", chat)).status).toBe(200)
+  })
+})

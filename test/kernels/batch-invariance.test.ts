@@ -1,0 +1,187 @@
+/**
+ * Same bits, whatever the pipeline: the logits of a position depend on the tokens up to it and on nothing else. Every test
+ * compares with one run of the reference: alone, in one chunk, on one thread.
+ */
+import { mkdtemp, rm } from "node:fs/promises"
+import { tmpdir } from "node:os"
+import { join } from "node:path"
+import { afterAll, beforeAll, describe, expect, test } from "vitest"
+import { bestInstructionSet, Engine, instructionSets, type EngineOptions, type InstructionSet } from "../../kernels/index.ts"
+import { firstDifference, randomEnds, sequenceLogits, shuffled, stepLogits, upTo, type Run } from "../support/engine-runs.ts"
+import { realModelPath } from "../support/model.ts"
+import { randomNumbers, writeTinyModel, type TinyModelOptions } from "../support/tiny-model.ts"
+
+const best = bestInstructionSet()
+const available = instructionSets.slice(0, instructionSets.indexOf(best) + 1)
+
+/** Between them: every weight type, tied and not, head sizes that fill no register, sizes that fill no panel. */
+const models: Readonly<Record<string, TinyModelOptions>> = {
+  "Q4_1 with a Q8_0 embedding": { types: { token_embd: "Q8_0", attn_q: "Q4_1", attn_k: "Q4_1", attn_v: "Q4_1", attn_output: "Q4_1", ffn_gate: "Q4_1", ffn_up: "Q4_1", ffn_down: "Q4_1" } },
+  "Q4_0, three heads to a KV head": { types: "Q4_0", heads: 6, kvHeads: 2, hidden: 96, ffn: 160, tied: false },
+  "Q8_0, one KV head": { types: "Q8_0", heads: 5, kvHeads: 1, headDim: 64, hidden: 64, ffn: 224, seed: 3 },
+  "F16, odd sizes": { types: "F16", heads: 3, kvHeads: 3, headDim: 10, hidden: 42, ffn: 50, vocabulary: 301, seed: 4 },
+  "F32 and all others mixed": {
+    types: { token_embd: "F16", output: "Q4_1", attn_q: "Q8_0", attn_k: "F32", attn_v: "Q4_0", ffn_gate: "F16", ffn_up: "Q4_1" },
+    tied: false,
+    headDim: 24,
+    seed: 5,
+  },
+}
+
+let folder: string
+beforeAll(async () => {
+  folder = await mkdtemp(join(tmpdir(), "penstock-invariance-"))
+})
+afterAll(() => rm(folder, { recursive: true, force: true }))
+
+const withEngine = async <A>(options: Partial<EngineOptions> & { path: string }, use: (engine: Engine) => Promise<A>): Promise<A> => {
+  const engine = await Engine.load({ blocks: 160, blockTokens: 16, threads: 2, maxRows: 512, maxOutputs: 512, ...options })
+  try {
+    return await use(engine)
+  } finally {
+    await engine.close()
+  }
+}
+
+const blocksFor = (tokens: number, blockTokens: number): number => Math.ceil(tokens / blockTokens)
+
+const invariance = (name: string, length: number, isas: ReadonlyArray<InstructionSet>, path: () => Promise<string>): void => {
+  describe(name, () => {
+    let file: string
+    let tokens: Array<number>
+    let expected: Array<Buffer>
+    beforeAll(async () => {
+      file = await path()
+      expected = await withEngine({ path: file, isa: "reference", threads: 1 }, (engine) => {
+        const random = randomNumbers(length)
+        tokens = upTo(length).map(() => Math.floor(random() * engine.info.vocabulary))
+        return sequenceLogits(engine, tokens, upTo(blocksFor(length, 16)))
+      })
+    })
+
+    test.each(isas)("%s: in one chunk, and in random chunks, on 1, 2 and 3 threads", async (isa) => {
+      for (const threads of [1, 2, 3]) {
+        await withEngine({ path: file, isa, threads }, async (engine) => {
+          expect(engine.info.isa).toBe(isa)
+          const table = upTo(blocksFor(length, 16))
+          expect(firstDifference(await sequenceLogits(engine, tokens, table), expected)).toBe(-1)
+          const ends = randomEnds(length, randomNumbers(threads))
+          expect(firstDifference(await sequenceLogits(engine, tokens, table, ends), expected), `chunks end at ${ends}`).toBe(-1)
+        })
+      }
+    })
+
+    test("token by token", async () => {
+      await withEngine({ path: file }, async (engine) => {
+        const short = Math.min(length, 150) // beyond one tile of attention
+        const ends = upTo(short).map((i) => i + 1)
+        const found = await sequenceLogits(engine, tokens, upTo(blocksFor(length, 16)), ends)
+        expect(firstDifference(found, expected.slice(0, short))).toBe(-1)
+      })
+    })
+
+    test.each([1, 4, 5, 8, 32, 48])("in blocks of %i tokens, scattered over the pool", async (blockTokens) => {
+      await withEngine({ path: file, blockTokens, blocks: 520 }, async (engine) => {
+        const table = shuffled(upTo(520), randomNumbers(blockTokens)).slice(0, blocksFor(length, blockTokens))
+        const ends = randomEnds(length, randomNumbers(blockTokens))
+        expect(firstDifference(await sequenceLogits(engine, tokens, table, ends), expected), `chunks end at ${ends}`).toBe(-1)
+      })
+    })
+
+    test.each(isas)("%s: among other sequences, in batches of changing composition", async (isa) => {
+      await withEngine({ path: file, isa }, async (engine) => {
+        const random = randomNumbers(7)
+        const order = shuffled(upTo(160), random)
+        const size = blocksFor(length, 16)
+        const sequences = upTo(4).map((i) => ({
+          tokens: i === 0 ? tokens : upTo(length).map(() => Math.floor(random() * engine.info.vocabulary)),
+          table: order.slice(i * size, (i + 1) * size),
+          done: 0,
+        }))
+        const found: Array<Buffer> = []
+        while (sequences[0]!.done < length) {
+          const runs: Array<Run & { own: boolean; sequence: (typeof sequences)[number] }> = []
+          for (const sequence of shuffled(sequences, random)) {
+            const to = Math.min(length, sequence.done + Math.floor(random() ** 2 * 40))
+            if (to > sequence.done) runs.push({ tokens: sequence.tokens, from: sequence.done, to, table: sequence.table, own: sequence === sequences[0], sequence })
+          }
+          if (runs.length === 0) continue
+          const logits = await stepLogits(engine, runs)
+          runs.forEach((run, i) => {
+            if (run.own) found.push(...logits[i]!)
+            run.sequence.done = run.to
+          })
+        }
+        expect(firstDifference(found, expected)).toBe(-1)
+      })
+    })
+
+    test("after a prefix that another sequence computed, in the same blocks or in copies", async () => {
+      await withEngine({ path: file }, async (engine) => {
+        const size = blocksFor(length, 16)
+        const first = upTo(size)
+        const shared = Math.floor(length / 16 / 2)
+        await sequenceLogits(engine, tokens, first)
+        const same = [...first.slice(0, shared), ...upTo(size - shared).map((i) => 100 + i)]
+        expect(firstDifference(await sequenceLogits(engine, tokens, same, [length], shared * 16), expected.slice(shared * 16))).toBe(-1)
+        const copies = first.map((block) => 80 + block)
+        for (let i = 0; i < shared; i++) engine.copyBlock(first[i]!, copies[i]!)
+        expect(firstDifference(await sequenceLogits(engine, tokens, copies, [length], shared * 16), expected.slice(shared * 16))).toBe(-1)
+      })
+    })
+
+    test("with blocks exported by one engine and imported by another", async () => {
+      const half = Math.floor(length / 32) * 16
+      const blocks = await withEngine({ path: file, isa: "reference", threads: 1 }, async (engine) => {
+        await sequenceLogits(engine, tokens, upTo(blocksFor(length, 16)), [half])
+        return upTo(half / 16).map((block) => {
+          const bytes = new Uint8Array(engine.info.blockBytes)
+          engine.exportBlock(block, bytes)
+          return bytes
+        })
+      })
+      await withEngine({ path: file, threads: 3 }, async (engine) => {
+        const table = shuffled(upTo(160), randomNumbers(9)).slice(0, blocksFor(length, 16))
+        blocks.forEach((bytes, i) => engine.importBlock(table[i]!, bytes))
+        expect(firstDifference(await sequenceLogits(engine, tokens, table, [length], half), expected.slice(half))).toBe(-1)
+        const again = new Uint8Array(engine.info.blockBytes)
+        blocks.forEach((bytes, i) => {
+          engine.exportBlock(table[i]!, again)
+          expect(Buffer.compare(again, bytes)).toBe(0)
+        })
+        // What this engine computes itself is, byte for byte, what the other had computed.
+        await sequenceLogits(engine, tokens, upTo(blocksFor(length, 16)), randomEnds(half, randomNumbers(2)))
+        blocks.forEach((bytes, i) => {
+          engine.exportBlock(i, again)
+          expect(Buffer.compare(again, bytes)).toBe(0)
+        })
+      })
+    })
+
+    test("whatever has been left in the blocks, infinities and NaN included", async () => {
+      await withEngine({ path: file }, async (engine) => {
+        const junk = new Uint8Array(engine.info.blockBytes)
+        for (let i = 0; i < junk.length; i += 2) junk.set([i % 3, i % 4 === 0 ? 0x7c : 0xfe], i)
+        const table = upTo(blocksFor(length, 16))
+        for (const block of table) engine.importBlock(block, junk)
+        const ends = randomEnds(length, randomNumbers(5))
+        expect(firstDifference(await sequenceLogits(engine, tokens, table, ends), expected)).toBe(-1)
+      })
+    })
+  })
+}
+
+for (const [name, options] of Object.entries(models)) {
+  // Long enough for three tiles of attention and for the many-row kernels.
+  invariance(name, 300, available, async () => {
+    const path = join(folder, `${name.replaceAll(/\W/g, "")}.gguf`)
+    await writeTinyModel(path, options)
+    return path
+  })
+}
+
+const real = realModelPath()
+if (real !== undefined) {
+  // The reference takes seconds for it, so it runs once, for what is expected.
+  invariance("SmolLM2-135M", 137, [best], async () => real)
+}

@@ -199,10 +199,23 @@ const ensure = async () => {
 
 // --- what was asked for ---
 
+/** npm does not pass SIGTERM on: when it is gone, this process would stay behind without anybody to end it. */
+const followNpm = () => {
+  if (process.env.npm_lifecycle_event === undefined) return
+  const parent = process.ppid
+  const watch = setInterval(() => {
+    if (process.ppid === parent) return
+    clearInterval(watch)
+    process.kill(process.pid, "SIGTERM")
+  }, 500)
+  watch.unref()
+}
+
 /** The command line, in this process. Node from 22.18 on reads TypeScript itself. */
 const runMain = async (args) => {
   const main = at("actors", "main.ts")
   process.argv = [process.execPath, main, ...args]
+  followNpm()
   if (!atLeast(22, 18)) (await import("tsx/esm/api")).register()
   await import(pathToFileURL(main).href)
 }

@@ -5,7 +5,7 @@ import { HttpServerRequest, HttpServerResponse, HttpTraceContext } from "effect/
 import { chatCompletions } from "./chat.ts"
 import { attempt, json, type GatewayContext, type Handler } from "./call.ts"
 import { completions } from "./completions.ts"
-import { ApiError, internalError, reportDefect, shuttingDown, fromFault } from "./errors.ts"
+import { ApiError, asApiError, internalError, reportDefect, shuttingDown, fromFault } from "./errors.ts"
 import { refuseForeignOrigin } from "./host.ts"
 import { responses } from "./responses.ts"
 import { detokenize, health, models, oneModel, ready, tokenize } from "./simple-routes.ts"
@@ -48,11 +48,12 @@ export const app = (gateway: GatewayContext): Effect.Effect<HttpServerResponse.H
   Effect.flatMap(HttpServerRequest.HttpServerRequest, (request) => {
     const requestId = requestIdOf(request.headers["x-request-id"])
     return answer(gateway, request, requestId).pipe(
-      Effect.catch((error: ApiError) => Effect.succeed(json(error.status, error.body, error.headers))),
       Effect.catchDefect((defect) => {
-        reportDefect(requestId, defect)
-        return Effect.succeed(json(internalError.status, internalError.body))
+        const expected = asApiError(defect) // a Fault thrown where nobody expected one is still a Fault
+        if (expected === undefined) reportDefect(requestId, defect)
+        return Effect.fail(expected ?? internalError)
       }),
+      Effect.catch((error: ApiError) => Effect.succeed(json(error.status, error.body, error.headers))),
       Effect.map((response) => HttpServerResponse.setHeaders(response, { "x-request-id": requestId, ...(gateway.admission.closing ? { connection: "close" } : {}) })),
       Effect.interruptible, // by a client that goes away
     )

@@ -38,6 +38,7 @@ export class Engine {
   #arrivals = 0
   #stepping = false
   #closed = false
+  #unusable = false
   #wake: (() => void) | undefined
   readonly #loop: Promise<void>
   /** Settles when a step has failed: the engine is of no use any more, and its owner makes a new one. */
@@ -184,14 +185,14 @@ export class Engine {
   async #run(): Promise<void> {
     await Promise.resolve() // the constructor's caller finishes first
     while (!this.#closed) {
-      this.#reap()
-      this.#announce(this.#queue.admit())
-      const chunks = this.#queue.ensureBlocks(compose(this.#queue.running, this.#budget))
-      if (chunks.length === 0) {
-        await new Promise<void>((resolve) => (this.#wake = resolve))
-        continue
-      }
       try {
+        this.#reap()
+        this.#announce(this.#queue.admit())
+        const chunks = this.#queue.ensureBlocks(compose(this.#queue.running, this.#budget))
+        if (chunks.length === 0) {
+          await new Promise<void>((resolve) => (this.#wake = resolve))
+          continue
+        }
         const { batch, outputs } = composeBatch(chunks, (sequence, choice) => this.#samplerOf(sequence, choice))
         this.#stepping = true
         const result = await this.#kernels.step(batch)
@@ -200,6 +201,7 @@ export class Engine {
       } catch (error) {
         this.#stepping = false
         this.#closed = true
+        this.#unusable = true
         this.#failAll("disconnected", `${this.#options.name}: a step failed`)
         this.#break(error instanceof Error ? error : new Error(String(error)))
       }
@@ -320,7 +322,7 @@ export class Engine {
 
   #freeSampler(group: Group, choice: number): void {
     const sampler = group.samplers[choice]
-    if (sampler === undefined) return
+    if (sampler === undefined || this.#unusable) return // what broken kernels hold goes with them
     this.#kernels.freeSampler(sampler)
     delete group.samplers[choice]
   }

@@ -3,7 +3,7 @@ import { mkdtemp, rm } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { afterAll, beforeAll, describe, expect, test } from "vitest"
-import { bestInstructionSet, Engine, readGguf, type Batch, type EngineOptions } from "../../kernels/index.ts"
+import { bestInstructionSet, Engine, numericsVersion, readGguf, type Batch, type EngineOptions } from "../../kernels/index.ts"
 import { greedy, upTo } from "../support/engine-runs.ts"
 import { realModelPath } from "../support/model.ts"
 import { text, u32 } from "../support/gguf-writer.ts"
@@ -60,8 +60,8 @@ describe("a loaded engine", () => {
       blockBytes: 2 * 2 * 2 * 8 * 16 * 2,
       isa: bestInstructionSet(),
       threads: 2,
-      numericsVersion: 1,
     })
+    expect(numericsVersion()).toBeGreaterThanOrEqual(1)
   })
 
   test("draws the most likely token and scores it with the log-softmax of the raw logits", async () => {

@@ -92,8 +92,9 @@ inline size_t linear_scratch(const Matrix& matrix) {
 }
 
 extern const Kernels kReferenceKernels;
-#if defined(PENSTOCK_AVX2)
+#if defined(PENSTOCK_X86)
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
 #endif
 
 // The best this machine can run.

@@ -1,0 +1,183 @@
+// AVX-512: attention of some query rows over one tile of keys. Same steps as avx2_attention.cc, in registers twice as wide: the
+// sixteen lanes of a sum are one register, as are the keys of a group.
+#include "avx2_math.h"
+#include "avx512_kernels.h"
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace penstock::avx512 {
+
+namespace {
+
+constexpr int kRows = 6;
+
+inline __m512 load_half16(const uint16_t* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+// The steps of fixed_exp for arguments up to 0, NaN included.
+inline __m512 exp_of_negative(__m512 x) {
+  using C = ExpConstants;
+  const __m512 shift = _mm512_set1_ps(kRoundingShift);
+  const __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(C::log2e), shift);
+  const __m512 n = _mm512_sub_ps(shifted, shift);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(C::ln2_high), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(C::ln2_low), r);
+  __m512 p = _mm512_set1_ps(C::p5);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(C::p4));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(C::p3));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(C::p2));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(C::p1));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(C::p0));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+  const __m512 y = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent));
+  const __m512 kept = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(C::lowest), _CMP_NLT_UQ), y);
+  return _mm512_mask_mov_ps(kept, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
+}
+
+// Scores of R rows for G groups of 16 keys from group g on.
+template <int R, int G>
+void score_groups(const KeyTile& tile, const QueryRow* rows, int head_dim, int g, float* scores /* [R, kTileTokens] */) {
+  __m512 sums[R][G];
+  UNROLL for (int r = 0; r < R; ++r) {
+    UNROLL for (int i = 0; i < G; ++i) sums[r][i] = _mm512_setzero_ps();
+  }
+  size_t at = 0;
+  for (int d = 0; d < head_dim; ++d, at += tile.key_stride) {
+    __m512 keys[G];
+    UNROLL for (int i = 0; i < G; ++i) keys[i] = load_half16(tile.keys[g + i] + at);
+    UNROLL for (int r = 0; r < R; ++r) {
+      const __m512 q = _mm512_set1_ps(rows[r].query[d]);
+      UNROLL for (int i = 0; i < G; ++i) sums[r][i] = _mm512_fmadd_ps(q, keys[i], sums[r][i]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r) {
+    UNROLL for (int i = 0; i < G; ++i) _mm512_storeu_ps(scores + r * kTileTokens + (g + i) * kGroupTokens, sums[r][i]);
+  }
+}
+
+// Few rows take more groups at once, so that enough chains of fma are under way.
+template <int R>
+void score(const KeyTile& tile, const QueryRow* rows, int head_dim, int tokens, float* scores) {
+  constexpr int kGroups = R <= 3 ? 4 : 2;
+  const int groups = (tokens + kGroupTokens - 1) / kGroupTokens;
+  int g = 0;
+  for (; g + kGroups <= groups; g += kGroups) score_groups<R, kGroups>(tile, rows, head_dim, g, scores);
+  for (; g < groups; ++g) score_groups<R, 1>(tile, rows, head_dim, g, scores);
+}
+
+// Scores become weights exp(score - max); those beyond `visible`, whatever they were computed from, become zero.
+void weigh(float* scores /* [kTileTokens] */, int visible, int tokens, float* max_out, float* sum_out) {
+  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512 greatest = lowest;
+  for (int t = 0; t < tokens; t += kGroupTokens) {
+    const __mmask16 seen = _mm512_cmpgt_epi32_mask(_mm512_set1_epi32(visible - t), index);
+    const __m512 s = _mm512_mask_mov_ps(lowest, seen, _mm512_loadu_ps(scores + t));
+    _mm512_storeu_ps(scores + t, s);
+    greatest = _mm512_max_ps(s, greatest);
+  }
+  const __m256 low = _mm512_castps512_ps256(greatest);
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(greatest), 1));
+  const float max = max8(_mm256_max_ps(low, high));
+  const __m512 m = _mm512_set1_ps(max);
+  __m512 sum = _mm512_setzero_ps();
+  for (int t = 0; t < tokens; t += kGroupTokens) {
+    const __m512 weights = exp_of_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + t), m));
+    _mm512_storeu_ps(scores + t, weights);
+    sum = _mm512_add_ps(sum, weights);
+  }
+  *max_out = max;
+  *sum_out = tree_sum16({_mm512_castps512_ps256(sum), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sum), 1))});
+}
+
+// totals[r][d] over keys first … last-1, for 16 * C dimensions of R rows, continuing what is in `totals`.
+template <int R, int C>
+void add_values(const KeyTile& tile, int first, int last, int d, const float* weights, float* totals, int stride) {
+  __m512 sums[R][C];
+  UNROLL for (int r = 0; r < R; ++r) {
+    UNROLL for (int c = 0; c < C; ++c) sums[r][c] = _mm512_loadu_ps(totals + r * stride + d + 16 * c);
+  }
+  for (int t = first; t < last; ++t) {
+    __m512 values[C];
+    UNROLL for (int c = 0; c < C; ++c) values[c] = load_half16(tile.values[t] + d + 16 * c);
+    UNROLL for (int r = 0; r < R; ++r) {
+      const __m512 w = _mm512_set1_ps(weights[r * kTileTokens + t]);
+      UNROLL for (int c = 0; c < C; ++c) sums[r][c] = _mm512_fmadd_ps(w, values[c], sums[r][c]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r) {
+    UNROLL for (int c = 0; c < C; ++c) _mm512_storeu_ps(totals + r * stride + d + 16 * c, sums[r][c]);
+  }
+}
+
+template <int R>
+void add_all_values(const KeyTile& tile, int first, int last, const float* weights, float* totals, int padded_dim) {
+  int d = 0;
+  for (; d + 64 <= padded_dim; d += 64) add_values<R, 4>(tile, first, last, d, weights, totals, padded_dim);
+  for (; d < padded_dim; d += 16) add_values<R, 1>(tile, first, last, d, weights, totals, padded_dim);
+}
+
+// R rows that all see at least one key of the tile.
+template <int R>
+void attend_rows(const KeyTile& tile, QueryRow* rows, int head_dim, float* scratch) {
+  const int padded_dim = (head_dim + 15) / 16 * 16;
+  float* weights = scratch;                       // [R, kTileTokens]
+  float* totals = scratch + kRows * kTileTokens;  // [R, padded_dim]
+  int most = rows[0].visible;
+  int fewest = most;
+  for (int r = 1; r < R; ++r) {
+    most = rows[r].visible > most ? rows[r].visible : most;
+    fewest = rows[r].visible < fewest ? rows[r].visible : fewest;
+  }
+  score<R>(tile, rows, head_dim, most, weights);
+  float max[R], sum[R];
+  for (int r = 0; r < R; ++r) weigh(weights + r * kTileTokens, rows[r].visible, most, &max[r], &sum[r]);
+
+  std::memset(totals, 0, sizeof(float) * R * padded_dim);
+  add_all_values<R>(tile, 0, fewest, weights, totals, padded_dim);
+  // As in AVX2, keys that only some rows see are added row by row.
+  for (int r = 0; r < R; ++r) {
+    if (rows[r].visible > fewest) {
+      add_all_values<1>(tile, fewest, rows[r].visible, weights + r * kTileTokens, totals + r * padded_dim, padded_dim);
+    }
+  }
+
+  for (int r = 0; r < R; ++r) {
+    QueryRow& row = rows[r];
+    const float merged = max[r] > row.max ? max[r] : row.max;
+    const float old_weight = fixed_exp(row.max - merged);
+    const float new_weight = fixed_exp(max[r] - merged);
+    const __m512 o = _mm512_set1_ps(old_weight);
+    const __m512 n = _mm512_set1_ps(new_weight);
+    for (int d = 0; d < padded_dim; d += 16) {
+      const __m512 total = _mm512_mul_ps(_mm512_loadu_ps(totals + r * padded_dim + d), n);
+      _mm512_storeu_ps(row.total + d, _mm512_fmadd_ps(_mm512_loadu_ps(row.total + d), o, total));
+    }
+    row.sum = std::fma(row.sum, old_weight, sum[r] * new_weight);
+    row.max = merged;
+  }
+}
+
+}  // namespace
+
+void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float* scratch) {
+  // Rows come in order of position, so those that see nothing of this tile are the first.
+  while (count > 0 && rows[0].visible == 0) {
+    ++rows;
+    --count;
+  }
+  for (; count >= kRows; count -= kRows, rows += kRows) attend_rows<kRows>(tile, rows, head_dim, scratch);
+  switch (count) {
+    case 5: return attend_rows<5>(tile, rows, head_dim, scratch);
+    case 4: return attend_rows<4>(tile, rows, head_dim, scratch);
+    case 3: return attend_rows<3>(tile, rows, head_dim, scratch);
+    case 2: return attend_rows<2>(tile, rows, head_dim, scratch);
+    case 1: return attend_rows<1>(tile, rows, head_dim, scratch);
+    default: return;
+  }
+}
+
+}  // namespace penstock::avx512

@@ -1,0 +1,117 @@
+import { afterAll, beforeAll, describe, expect, it } from "vitest"
+import OpenAI from "openai"
+import { ResponsesWS } from "openai/resources/responses/ws"
+import { realModelPath } from "../support/model.ts"
+import { startNode, streamCompletion, type StartedNode } from "../support/start-node.ts"
+
+const topics = ["the sea", "a small dog", "prime numbers", "the city at night", "bread", "snow in April", "an old clock", "how rivers begin"]
+
+/** Greedy and sampled requests of different lengths, with every parameter that changes what is drawn. */
+const crowd = (size: number): ReadonlyArray<Record<string, unknown>> =>
+  Array.from({ length: size }, (_, i) => {
+    const prompt = `${"Once upon a time there was a story. ".repeat(i % 7)}Tell me about ${topics[i % topics.length]}, number ${i}.`
+    const sampling = [{ temperature: 0 }, { temperature: 1, seed: i }, { temperature: 0.8, top_p: 0.9, top_k: 40, seed: i }, { temperature: 1.3, min_p: 0.05, presence_penalty: 0.5, frequency_penalty: 0.3, repetition_penalty: 1.1, seed: i }]
+    return { prompt, max_tokens: 8 + (i % 5) * 6, ignore_eos: true, ...sampling[i % 4] }
+  })
+
+const untilIdle = async (node: StartedNode): Promise<void> => {
+  const { engine } = node.workers.get("w0")!.worker
+  const kernels = node.workers.get("w0")!.kernels
+  while (engine.requestIds.length > 0 || engine.load.sequences > 0 || engine.load.waiting > 0) await new Promise((resolve) => setImmediate(resolve))
+  engine.checkInvariants()
+  expect(engine.blocks.available).toBe(engine.blocks.total)
+  expect(kernels.samplers).toBe(0)
+}
+
+const modelPath = realModelPath()
+
+describe.each([
+  { name: "a tiny model", model: undefined, skip: false },
+  { name: "SmolLM2", model: { path: modelPath ?? "", name: "smollm2-135m", sha256: "b".repeat(64) }, skip: modelPath === undefined },
+])("the single topology with $name", ({ model, skip }) => {
+  let node: StartedNode
+  beforeAll(async () => {
+    if (!skip) node = await startNode({ model })
+  })
+  afterAll(async () => {
+    if (!skip) await node.stop()
+  })
+
+  it.skipIf(skip)("gives 32 concurrent streams, greedy and sampled, exactly the tokens that each gets alone", async () => {
+    const requests = crowd(32)
+    const alone = []
+    for (const request of requests) alone.push(await streamCompletion(node, request))
+    const together = await Promise.all(requests.map((request) => streamCompletion(node, request)))
+    expect(together).toEqual(alone)
+    for (const [i, { tokens }] of alone.entries()) expect(tokens).toHaveLength(requests[i]!.max_tokens as number)
+    await untilIdle(node)
+  })
+
+  it.skipIf(skip)("frees every block when clients vanish in the middle of their streams", async () => {
+    const readers = await Promise.all(
+      Array.from({ length: 8 }, async (_, i) => {
+        const abort = new AbortController()
+        const response = await fetch(`${node.url}/v1/completions`, {
+          method: "POST",
+          signal: abort.signal,
+          body: JSON.stringify({ model: node.modelName, stream: true, prompt: `Count to a thousand, ${i}:`, max_tokens: 400, ignore_eos: true }),
+        })
+        const reader = response.body!.getReader()
+        await reader.read()
+        return { abort, reader }
+      }),
+    )
+    for (const { abort, reader } of readers) {
+      abort.abort()
+      await reader.closed.catch(() => {})
+    }
+    await untilIdle(node)
+  })
+
+  it.skipIf(skip)("finds a conversation's prefix again and says so in the usage, with the same answer", async () => {
+    const client = new OpenAI({ baseURL: `${node.url}/v1`, apiKey: "none", maxRetries: 0 })
+    const ask = () =>
+      client.chat.completions.create({ model: node.modelName, temperature: 0, max_tokens: 12, messages: [{ role: "user", content: "Please explain in a few simple words what a lighthouse is and why ships need it." }] })
+    const [first, second] = [await ask(), await ask()]
+    expect(first.usage!.prompt_tokens_details!.cached_tokens).toBe(0)
+    expect(second.usage!.prompt_tokens_details!.cached_tokens).toBeGreaterThan(0)
+    expect(second.choices[0]!.message.content).toBe(first.choices[0]!.message.content)
+  })
+
+  it.skipIf(skip)("gives the choices of one request the tokens that their seeds give, whatever their number", async () => {
+    const ask = async (n: number) => {
+      const response = await fetch(`${node.url}/v1/completions`, { method: "POST", body: JSON.stringify({ model: node.modelName, prompt: "My favourite thing is", n, seed: 5, max_tokens: 10, ignore_eos: true, return_token_ids: true }) })
+      return ((await response.json()) as { choices: Array<{ index: number; token_ids: Array<number> }> }).choices.sort((a, b) => a.index - b.index).map(({ token_ids }) => token_ids)
+    }
+    const [one, five] = [await ask(1), await ask(5)]
+    expect(five).toHaveLength(5)
+    expect(five[0]).toEqual(one[0])
+    expect(new Set(five.map(String)).size).toBeGreaterThan(1)
+    await untilIdle(node)
+  })
+
+  it.skipIf(skip)("answers over the WebSocket of the Responses protocol with the text of the chat endpoint", async () => {
+    const client = new OpenAI({ baseURL: `${node.url}/v1`, apiKey: "none", maxRetries: 0 })
+    const chat = await client.chat.completions.create({ model: node.modelName, temperature: 0, max_tokens: 12, messages: [{ role: "user", content: "Say something nice." }] })
+    const socket = new ResponsesWS(client)
+    const text = await new Promise<string>((resolve, reject) => {
+      socket.on("error", reject)
+      socket.on("response.output_text.done", (event) => resolve(event.text))
+      socket.socket.on("open", () => socket.send({ type: "response.create", model: node.modelName, input: "Say something nice.", temperature: 0, max_output_tokens: 12 } as never))
+    })
+    socket.close()
+    expect(text).toBe(chat.choices[0]!.message.content)
+  })
+
+  it.skipIf(skip)("gives the same text when the worker breaks in the middle of a stream", async () => {
+    const request = { prompt: "A long story about a lighthouse keeper:", max_tokens: 60, ignore_eos: true, temperature: 1, seed: 7 }
+    const undisturbed = await streamCompletion(node, request)
+    const { worker, kernels } = node.workers.get("w0")!
+    const before = worker.engine.counters.outputTokens
+    const disturbed = streamCompletion(node, request)
+    while (worker.engine.counters.outputTokens < before + 20) await new Promise((resolve) => setImmediate(resolve))
+    await kernels.close()
+    expect(await disturbed).toEqual(undisturbed)
+    expect(node.workers.get("w0")!.worker.epoch).toBeGreaterThan(worker.epoch)
+  })
+})

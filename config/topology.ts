@@ -17,6 +17,9 @@ const field = <T>(expected: string, read: (found: unknown) => T | undefined) =>
 const or = <S extends Schema.Constraint>(schema: S, fallback: S["Encoded"]) =>
   Schema.withDecodingDefaultKey<S>(Effect.succeed(fallback))(schema)
 
+/** Nothing is given to the field to refuse, so that a missing key does not hide the mistakes beside it. */
+const required = <T>(schema: ReturnType<typeof field<T>>) => or(schema, undefined)
+
 const text = (expected: string, pattern: RegExp) => field(expected, (found) => (typeof found === "string" && pattern.test(found) ? found : undefined))
 
 const integer = (least: number, most: number) =>
@@ -79,7 +82,7 @@ const scheduler = Schema.Struct({
   /** Requests that may wait for a placement. */
   queue: or(integer(1, 1_000_000), 256),
   /** Milliseconds; what admission protects. */
-  objectives: Schema.optionalKey(Schema.Struct({ ttft: duration, tbt: duration }))
+  objectives: Schema.optionalKey(Schema.Struct({ ttft: required(duration), tbt: required(duration) }))
 })
 
 const kv = Schema.Struct({
@@ -90,7 +93,7 @@ const kv = Schema.Struct({
 })
 
 const worker = Schema.Struct({
-  name,
+  name: required(name),
   roles: or(roleList, ["prefill", "decode"]),
   device: or(text("cpu, cuda or cuda:N", /^(cpu|cuda(:\d{1,3})?)$/), "cpu"),
   threads: or(autoOr(1, 1024), "auto"),
@@ -106,7 +109,7 @@ const kvStore = Schema.Struct({
   disk: Schema.optionalKey(Schema.Struct({
     path: or(text("auto or a path", /./), "auto"),
     /** Bytes. */
-    size: bytes
+    size: required(bytes)
   })),
   eviction: or(oneOf(["lru", "lfu", "length-aware"]), "lru")
 })
@@ -116,7 +119,7 @@ const kvStore = Schema.Struct({
  * milliseconds once decoded. It accepts what the design has; not-yet.ts refuses what is not built.
  */
 export const Topology = Schema.Struct({
-  penstock: field("1 (the version of this file's format)", (found): 1 | undefined => (found === 1 ? 1 : undefined)),
+  penstock: required(field("1 (the version of this file's format)", (found): 1 | undefined => (found === 1 ? 1 : undefined))),
   cluster: or(name, "main"),
   model: or(text("the name of a model, or file:, hf: or pypi:", /\S/), "smollm2-135m"),
   bus: or(bus, "memory"),

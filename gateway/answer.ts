@@ -93,6 +93,7 @@ export const streamBatch = (gateway: GatewayContext, call: Call, batch: Batch, f
     const sse = new SseWriter(response, { headers: { "x-request-id": call.requestId }, keepAliveMs: gateway.keepAliveMs, stallMs: gateway.stallMs })
     try {
       for (let item = await batch.next(); item !== undefined; item = await batch.next()) {
+        if (sse.closed) throw clientGone
         const text = format.event(item)
         const slow = text === "" ? undefined : sse.write(text)
         if (slow !== undefined) await slow

@@ -66,7 +66,7 @@ export class Generation {
         if (event.type === "prompt") this.#prompted = true
         else if (event.type === "scores") this.#scored = true
         else if (event.type === "delta") this.#delivered[event.choice]?.push(...event.tokens)
-        else this.#done = true
+        else if (event.type === "done") this.#done = true
         return event
       } catch (error) {
         await this.#resume(Fault.from(error, "request"))

@@ -8,7 +8,7 @@ import { limits } from "../config/limits.ts"
 import { Fault } from "../actors/runtime/fault.ts"
 import { openBatch } from "./answer.ts"
 import { attempt, parseJson, type GatewayContext } from "./call.ts"
-import { asApiError, clientGone, fromFault, internalError, invalid, reportDefect, type ApiError } from "./errors.ts"
+import { asApiError, clientGone, fromFault, internalError, invalid, reportDefect } from "./errors.ts"
 import type { Stop } from "./admission.ts"
 import type { Batch } from "./generation.ts"
 import { previousNotFound } from "./responses.ts"
@@ -33,6 +33,7 @@ export class ResponsesSocket {
   #heardAtMs = performance.now()
   #stop: Stop | undefined
   #busy = false
+  #working: Promise<void> = Promise.resolve()
   #sent: Promise<void> = Promise.resolve()
 
   constructor(gateway: GatewayContext, socket: NodeWS.WebSocket, peer: SocketPeer) {
@@ -47,9 +48,10 @@ export class ResponsesSocket {
   }
 
   /** Tells the client why and closes: what runs has been stopped already, or is stopped here. */
-  shutdown(fault: Fault): void {
+  async shutdown(fault: Fault): Promise<void> {
     this.#queue.length = 0
     this.#stop?.(fault)
+    await this.#working // the running response has its own last event
     void this.#send(errorEvent(fromFault(fault)))
     this.#socket.close(1001, fault.message.slice(0, 100))
   }
@@ -57,16 +59,19 @@ export class ResponsesSocket {
   #receive(data: Buffer, isBinary: boolean): void {
     this.#heardAtMs = performance.now()
     if (isBinary) return void this.#send(errorEvent(invalid(undefined, "expected JSON in a text message, found a binary one")))
-    if (this.#busy && this.#queue.length >= limits.webSocketQueue) {
+    const waitingBytes = this.#queue.reduce((sum, { length }) => sum + length, 0)
+    if (this.#queue.length >= limits.webSocketQueue || (waitingBytes > 0 && waitingBytes + data.byteLength > this.#gateway.bodyBytes)) {
       return void this.#send(errorEvent(fromFault(new Fault({ code: "overloaded", message: `${this.#queue.length} responses wait on this connection already`, hop: "gateway" }))))
     }
     this.#queue.push(data.toString("utf8"))
-    if (!this.#busy) void this.#work()
+    if (!this.#busy) this.#working = this.#work()
   }
 
   async #work(): Promise<void> {
     this.#busy = true
-    for (let next = this.#queue.shift(); next !== undefined; next = this.#queue.shift()) await this.#respond(next)
+    for (let next = this.#queue.shift(); next !== undefined; next = this.#queue.shift()) {
+      if (this.#socket.readyState === this.#socket.OPEN) await this.#respond(next)
+    }
     this.#busy = false
   }
 
@@ -100,7 +105,8 @@ export class ResponsesSocket {
     const batch = yield* openBatch(gateway, { onStop }, [order])
     if (this.#socket.readyState !== this.#socket.OPEN) batch.stop(clientGone)
     const events = new ResponseEvents(id, body, gateway.model.id, order.logprobs !== undefined)
-    yield* attempt(() => this.#stream(batch, events))
+    const complete = yield* attempt(() => this.#stream(batch, events))
+    if (!complete) return
     const answer = body.generate === false ? [] : [{ role: "assistant", content: events.text }]
     this.#turns.add(id, [...earlier, ...inputMessages(body.input), ...answer])
   })
@@ -112,17 +118,23 @@ export class ResponsesSocket {
     return messages
   }
 
-  async #stream(batch: Batch, events: ResponseEvents): Promise<void> {
+  /** Whether the response came to its end. */
+  async #stream(batch: Batch, events: ResponseEvents): Promise<boolean> {
     try {
       for (let item = await batch.next(); item !== undefined; item = await batch.next()) {
+        if (this.#socket.readyState !== this.#socket.OPEN) throw clientGone // "close" comes only once the peer has answered
         for (const event of events.accept(item.event)) void this.#send(event)
-        if (this.#socket.bufferedAmount > limits.webSocketBufferBytes) await this.#sent
+        if (this.#socket.bufferedAmount > limits.webSocketBufferBytes) {
+          await this.#sent
+          this.#heardAtMs = performance.now() // slow is not silent: its pong waits behind all this
+        }
       }
+      return true
     } catch (error) {
-      const expected: ApiError | undefined = asApiError(error)
+      const expected = asApiError(error)
       if (!events.started || expected === undefined) throw error
       void this.#send(events.fail(expected))
-      throw error
+      return false
     } finally {
       this.#stop = undefined
     }
@@ -137,7 +149,7 @@ export class ResponsesSocket {
 
   #ping(): void {
     if (performance.now() - this.#heardAtMs > this.#gateway.stallMs) return this.#socket.terminate()
-    if (this.#socket.readyState === this.#socket.OPEN && this.#socket.bufferedAmount === 0) this.#socket.ping()
+    if (this.#socket.readyState === this.#socket.OPEN) this.#socket.ping()
   }
 
   #close(): void {

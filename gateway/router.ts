@@ -1,7 +1,9 @@
 /** Which handler answers which request, and what holds for all of them: ids, keys, admission, errors, the root span. */
 import { randomUUID } from "node:crypto"
 import { Effect, Option } from "effect"
+import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
 import { HttpServerRequest, HttpServerResponse, HttpTraceContext } from "effect/http"
+import type { ServerResponse } from "node:http"
 import { chatCompletions } from "./chat.ts"
 import { attempt, json, type GatewayContext, type Handler } from "./call.ts"
 import { completions } from "./completions.ts"
@@ -54,6 +56,8 @@ export const app = (gateway: GatewayContext): Effect.Effect<HttpServerResponse.H
         return Effect.fail(expected ?? internalError)
       }),
       Effect.catch((error: ApiError) => Effect.succeed(json(error.status, error.body, error.headers))),
+      // A client that takes nothing of the answer is closed; Node resets this with every byte taken, and for the next request.
+      Effect.tap(() => Effect.sync(() => void (NodeHttpServerRequest.toServerResponse(request) as ServerResponse).setTimeout(gateway.stallMs))),
       Effect.map((response) => HttpServerResponse.setHeaders(response, { "x-request-id": requestId, ...(gateway.admission.closing ? { connection: "close" } : {}) })),
       Effect.interruptible, // by a client that goes away
     )

@@ -59,7 +59,6 @@ export class SseWriter {
   #open(): void {
     if (this.#response.headersSent) return
     this.#response.writeHead(200, { "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no", ...this.#headers })
-    this.#response.socket?.setNoDelay(true)
   }
 
   #ping(): void {

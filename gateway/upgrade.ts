@@ -1,8 +1,7 @@
 /** What becomes of a request with an Upgrade header: a Responses WebSocket, a refusal, or a plain request after all. */
-import { Option, Tracer, type Context } from "effect"
+import { Context, Option, Tracer } from "effect"
 import { Headers, HttpTraceContext } from "effect/http"
 import { NodeWS } from "@effect/platform-node/NodeSocket"
-import * as Ctx from "effect/Context"
 import { STATUS_CODES, type IncomingMessage, type Server } from "node:http"
 import type { Duplex } from "node:stream"
 import { limits } from "../config/limits.ts"
@@ -17,12 +16,15 @@ import { pathOf, requestIdOf, responsesPath } from "./router.ts"
 export class WebSockets {
   readonly #gateway: GatewayContext
   readonly #services: Context.Context<never>
-  readonly #server = new NodeWS.WebSocketServer({ noServer: true, maxPayload: limits.bodyBytes, perMessageDeflate: false })
+  readonly #server: NodeWS.WebSocketServer
   readonly #open = new Set<ResponsesSocket>()
+  readonly #requestIds = new WeakMap<IncomingMessage, string>()
 
   constructor(gateway: GatewayContext, services: Context.Context<never>) {
     this.#gateway = gateway
     this.#services = services
+    this.#server = new NodeWS.WebSocketServer({ noServer: true, maxPayload: gateway.bodyBytes, perMessageDeflate: false })
+    this.#server.on("headers", (headers, request) => headers.push(`x-request-id: ${this.#requestIds.get(request) ?? ""}`))
   }
 
   /** Handles the `upgrade` events of a server. */
@@ -43,7 +45,7 @@ export class WebSockets {
 
   /** Tells every client why, and begins to close. */
   shutdown(fault: Fault): void {
-    for (const socket of this.#open) socket.shutdown(fault)
+    for (const socket of this.#open) void socket.shutdown(fault)
   }
 
   /** Ends what has not closed by itself. */
@@ -67,8 +69,9 @@ export class WebSockets {
     if (this.#open.size >= limits.webSockets) {
       throw new ApiError({ status: 429, type: "rate_limit_error", code: "websocket_connection_limit_reached", message: `the server has ${this.#open.size} WebSocket connections, which is its limit` })
     }
+    this.#requestIds.set(request, requestId)
     const parent = HttpTraceContext.fromHeaders(Headers.fromInput(request.headers as Record<string, string>))
-    const services = Option.match(parent, { onNone: () => this.#services, onSome: (span) => Ctx.add(this.#services, Tracer.ParentSpan, span) })
+    const services = Option.match(parent, { onNone: () => this.#services, onSome: (span) => Context.add(this.#services, Tracer.ParentSpan, span) })
     this.#server.handleUpgrade(request, socket, head, (client) => {
       const responses = new ResponsesSocket(gateway, client, { tenant, requestId, services })
       this.#open.add(responses)

@@ -1,3 +1,4 @@
+import { randomBytes } from "node:crypto"
 import { Template } from "@huggingface/jinja"
 import type { Gguf } from "../../kernels/index.ts"
 import { Fault } from "../runtime/fault.ts"
@@ -66,10 +67,11 @@ class Marks {
 
   constructor(texts: ReadonlyArray<string>, everything: string) {
     this.#texts = texts
-    // Noncharacters, which no text should have; lengthened until this one does not. The head occurs once in the mark, so
-    // that a mark beside one of these characters is still found where it was put.
-    let mark = "\uFDD0\uFDD1"
-    while (everything.includes(mark)) mark += "\uFDD1"
+    // Noncharacters, which no text should have, and drawn by lot, so that no client can write the mark. Its head occurs in
+    // it once, so that beside one of these characters it is still found where it was put.
+    let mark: string
+    do mark = `\uFDD0${[...randomBytes(16)].map((byte) => String.fromCharCode(0xfdd1 + (byte & 15))).join("")}`
+    while (everything.includes(mark))
     this.mark = mark
   }
 

@@ -38,7 +38,7 @@ describe("a topology file", () => {
       "single.yaml:4: gateway.port: expected a whole number in 0 … 65535, found \"http\"",
       "single.yaml:5: scheduler.policy: expected one of random, round-robin, least-loaded, cache-aware, kv-centric, found \"cache-awre\"; did you mean cache-aware?",
       "single.yaml:7: kvStore.memory: expected a size such as 256MiB, found \"much\"",
-      "single.yaml:9: workers[0].name: missing",
+      "single.yaml:9: workers[0].name: expected a name of letters, digits, - and _ (at most 63), found nothing",
       "single.yaml:9: workers[0].roles: expected a list of roles, each one of prefill, decode, none twice, found [\"prefil\"]"
     ])
   })

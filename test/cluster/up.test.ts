@@ -1,0 +1,70 @@
+import { createServer, type AddressInfo } from "node:net"
+import { rmSync } from "node:fs"
+import { expect, it } from "vitest"
+import { runStart, startProcess, writeTopology } from "../support/start-process.ts"
+import { streamCompletion } from "../support/start-node.ts"
+
+it("prints its address and a ready line, answers, and ends with code 0 on Ctrl-C", async () => {
+  const started = await startProcess()
+  const { tokens } = await streamCompletion(started, { prompt: "Hello", max_tokens: 5, ignore_eos: true })
+  expect(tokens).toHaveLength(5)
+  expect(await started.signal("SIGINT")).toBe(0)
+  expect(started.output()).toMatch(/serves tiny at http:\/\/127\.0\.0\.1:\d+/)
+  expect(started.output()).toMatch(/^ready/m)
+})
+
+it.each(["SIGINT", "SIGTERM"] as const)("on %s open streams are told why before their sockets close", async (signal) => {
+  const started = await startProcess()
+  const response = await fetch(`${started.url}/v1/completions`, {
+    method: "POST",
+    body: JSON.stringify({ model: "tiny", prompt: "A very long story:", max_tokens: 480, ignore_eos: true, stream: true }),
+  })
+  const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader()
+  let text = (await reader.read()).value ?? ""
+  const ended = started.signal(signal)
+  for (let next = await reader.read(); !next.done; next = await reader.read()) text += next.value
+  expect(await ended).toBe(0)
+  // Either the answer was complete within the grace, or the stream says that the server stops.
+  const last = text.trimEnd().split("\n\n").at(-1)!
+  if (last !== "data: [DONE]") expect(JSON.parse(last.slice("data: ".length))).toMatchObject({ error: { code: "shutting_down" } })
+})
+
+it("a port in use is one clear line that names it and a remedy, and exit code 1", async () => {
+  const blocker = createServer().listen(0, "127.0.0.1")
+  await new Promise((resolve) => blocker.once("listening", resolve))
+  const { port } = blocker.address() as AddressInfo
+  const { folder, path } = await writeTopology()
+  const { ended, output } = runStart(["--topology", path, "--port", String(port)])
+  expect(await ended).toBe(1)
+  blocker.close()
+  rmSync(folder, { recursive: true })
+  expect(output()).toContain(`127.0.0.1:${port}`)
+  expect(output()).toMatch(/in use/)
+  expect(output()).not.toMatch(/\n\s+at /)
+})
+
+it("a typo in the topology names file, line, key and what is allowed, and nothing starts", async () => {
+  const { folder, path } = await writeTopology(["workers:", "  - { name: w0, rolls: [prefill, decode] }"])
+  const { ended, output } = runStart(["--topology", path])
+  expect(await ended).toBe(1)
+  rmSync(folder, { recursive: true })
+  expect(output()).toMatch(/tiny\.yaml:4: workers\[0\]\.rolls: .*roles/)
+})
+
+it("a host that others can reach is refused without keys", async () => {
+  const { folder, path } = await writeTopology(["gateway: { host: 0.0.0.0, port: 0 }"])
+  const { ended, output } = runStart(["--topology", path])
+  expect(await ended).toBe(1)
+  rmSync(folder, { recursive: true })
+  expect(output()).toMatch(/key file/)
+})
+
+it("a model file that is cut short is refused with its name", async () => {
+  const { folder, path } = await writeTopology()
+  const { truncateSync } = await import("node:fs")
+  truncateSync(`${folder}/tiny.gguf`, 5_000)
+  const { ended, output } = runStart(["--topology", path, "--port", "0"])
+  expect(await ended).toBe(1)
+  rmSync(folder, { recursive: true })
+  expect(output()).toContain("tiny.gguf")
+})

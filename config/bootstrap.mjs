@@ -213,7 +213,7 @@ const followNpm = () => {
 
 /** The command line, in this process. Node from 22.18 on reads TypeScript itself. */
 const runMain = async (args) => {
-  const main = at("actors", "main.ts")
+  const main = at("gateway", "main.ts")
   process.argv = [process.execPath, main, ...args]
   followNpm()
   if (!atLeast(22, 18)) (await import("tsx/esm/api")).register()
@@ -240,7 +240,7 @@ const typescript = () => (atLeast(22, 18) ? [] : ["--import", "tsx"])
 
 const runTests = async (args) => {
   // The tests of the real model need it; without a network they say so one by one, and the others still run.
-  const pull = spawnSync(process.execPath, [...typescript(), at("actors", "main.ts"), "pull", "smollm2-135m"], { cwd: root, stdio: ["ignore", "ignore", "inherit"] })
+  const pull = spawnSync(process.execPath, [...typescript(), at("gateway", "main.ts"), "pull", "smollm2-135m"], { cwd: root, stdio: ["ignore", "ignore", "inherit"] })
   if (pull.status !== 0) say("The model could not be fetched (above): tests that need it will fail.")
   return runChild([at("node_modules", "vitest", "vitest.mjs"), "run", ...args])
 }

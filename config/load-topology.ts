@@ -118,6 +118,11 @@ const crossChecks = (topology: Topology): ReadonlyArray<Problem> => {
   topology.workers.forEach((worker, index) => {
     const first = topology.workers.findIndex((other) => other.name === worker.name)
     if (first < index) problems.push({ path: ["workers", index, "name"], message: `"${worker.name}" is already the name of workers[${first}]; names must differ` })
+    // Blocks are found, stored and handed over by their hash, so one cluster has one size and type of them.
+    for (const key of ["blockTokens", "dtype"] as const) {
+      const [expected, found] = [topology.workers[0]?.kv[key], worker.kv[key]]
+      if (found !== expected) problems.push({ path: ["workers", index, "kv", key], message: `expected ${expected}, as workers[0] has, found ${found}` })
+    }
   })
   for (const role of roles) {
     if (topology.workers.length > 0 && !topology.workers.some((worker) => worker.roles.includes(role))) {

@@ -1,6 +1,6 @@
 /** Edits (insert, delete, replace, swap of neighbours) that turn `a` into `b`. Restricted Damerau-Levenshtein distance. */
 const distance = (a: string, b: string): number => {
-  const rows: Array<Array<number>> = Array.from({ length: a.length + 1 }, (_, i) => [i, ...new Array<number>(b.length).fill(0)])
+  const rows: Array<Array<number>> = Array.from({ length: a.length + 1 }, (_, i) => [i, ...Array.from({ length: b.length }, () => 0)])
   const at = (i: number, j: number) => rows[i]?.[j] ?? 0
   for (let j = 0; j <= b.length; j++) rows[0]![j] = j
   for (let i = 1; i <= a.length; i++) {

@@ -21,7 +21,6 @@ const rules: ReadonlyArray<Rule> = [
   ({ scheduler }) => one(!["cache-aware", "least-loaded"].includes(scheduler.policy), ["scheduler", "policy"], "cache-aware or least-loaded"),
   ({ scheduler }) => one(scheduler.admission !== "none", ["scheduler", "admission"], "none"),
   ({ scheduler }) => one(scheduler.objectives !== undefined, ["scheduler", "objectives"], "no objectives key"),
-  ({ workers }) => one(workers.length > 1, ["workers", 1], "one worker with both roles"),
   eachWorker((worker, at) => one(worker.roles.length < 2, [...at, "roles"], "[prefill, decode]")),
   eachWorker((worker, at) => one(worker.device !== "cpu", [...at, "device"], "cpu")),
   eachWorker((worker, at) => one(worker.kv.dtype !== "f16", [...at, "kv", "dtype"], "f16")),

@@ -5,7 +5,7 @@ import { quantity } from "./quantity.ts"
 /** A field that is checked, and perhaps turned into the unit that the code uses. `expected` is what an error says. */
 const field = <T>(expected: string, read: (found: unknown) => T | undefined) =>
   Schema.Unknown.pipe(
-    Schema.decodeTo(Schema.declare((_: unknown): _ is T => true), {
+    Schema.decodeTo(Schema.declare((found: unknown): found is T => found !== undefined), {
       decode: SchemaGetter.transformEffect((found: unknown) => {
         const value = read(found)
         return value === undefined ? Effect.fail(new SchemaIssue.InvalidValue({ message: `expected ${expected}` })) : Effect.succeed(value)

@@ -46,7 +46,7 @@ export class Admission {
   }
 
   stopAll(fault: Fault): void {
-    for (const { stop } of [...this.#open]) stop(fault)
+    for (const { stop } of this.#open) stop(fault)
   }
 
   /** Resolves once nothing is open, or after `mostMs`. */

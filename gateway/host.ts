@@ -5,7 +5,7 @@ import { ApiError } from "./errors.ts"
 export const isLoopback = (host: string): boolean => {
   const name = host.replace(/^\[|\]$/g, "").toLowerCase()
   if (name === "localhost" || name.endsWith(".localhost")) return true
-  return isIP(name) === 4 ? name.startsWith("127.") : name === "::1" || /^::ffff:127\./.test(name)
+  return isIP(name) === 4 ? name.startsWith("127.") : name === "::1" || name.startsWith("::ffff:127.")
 }
 
 /**

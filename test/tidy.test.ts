@@ -1,13 +1,17 @@
 /** Style that a formatter cannot keep. */
-import { execFileSync } from "node:child_process"
-import { existsSync, readFileSync } from "node:fs"
+import { existsSync, readdirSync, readFileSync } from "node:fs"
 import { fileURLToPath } from "node:url"
 import { expect, test } from "vitest"
 
 const root = fileURLToPath(new URL("..", import.meta.url))
-const files = execFileSync("git", ["ls-files", "--cached", "--others", "--exclude-standard"], { cwd: root, encoding: "utf8" })
-  .split("\n")
-  .filter((path) => path !== "" && existsSync(`${root}/${path}`))
+const elsewhere = new Set(["node_modules", "build", ".git", ".cache"])
+const filesIn = (folder: string): ReadonlyArray<string> =>
+  readdirSync(`${root}/${folder}`, { withFileTypes: true }).flatMap((entry) => {
+    const path = folder === "" ? entry.name : `${folder}/${entry.name}`
+    if (entry.isDirectory()) return elsewhere.has(entry.name) ? [] : filesIn(path)
+    return entry.isFile() ? [path] : []
+  })
+const files = filesIn("")
 const self = "test/tidy.test.ts"
 const sources = files.filter((path) => /\.(ts|mjs|mts)$/.test(path) && path !== self)
 

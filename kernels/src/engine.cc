@@ -50,7 +50,8 @@ Engine::Engine(const EngineOptions& options) : options_(options), kernels_(selec
     refuse("maxContext", "expected at most the model's " + std::to_string(shape.context) + ", found " + std::to_string(options_.max_context));
   }
   kv_ = std::make_unique<KvPool>(shape.layers, options_.blocks, shape.kv_heads, options_.block_tokens, shape.head_dim);
-  forward_ = std::make_unique<Forward>(*model_, kernels_, *kv_, pool_, options_.max_rows, std::min(options_.max_rows, options_.max_outputs));
+  forward_ = std::make_unique<Forward>(*model_, kernels_, *kv_, pool_, options_.max_rows, std::min(options_.max_rows, options_.max_outputs),
+                                       options_.max_context);
   sampler_scratch_.resize(options_.threads);
   segments_.reserve(options_.max_rows);
   outputs_.reserve(options_.max_outputs);
@@ -181,12 +182,12 @@ StepResult Engine::run() {
   std::mutex error_mutex;
   pool_.run([&](int thread) {
     forward_->run(thread);
-    pool_.for_each(static_cast<int>(logit_rows_.size()), [&](int i) {
+    pool_.for_each(thread, static_cast<int>(logit_rows_.size()), [&](int i) {
       if (!all_finite(forward_->logits(i), vocabulary)) bad_row.store(logit_rows_[i]);
     });
     // All rows are checked before any sampler draws, so that a step that fails has changed no sampler.
     if (bad_row.load() >= 0) return;
-    pool_.for_each(outputs, [&](int i) {
+    pool_.for_each(thread, outputs, [&](int i) {
       try {
         finish(outputs_[i], i, sampler_scratch_[thread], result);
       } catch (...) {

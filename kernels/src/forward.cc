@@ -15,10 +15,13 @@ namespace {
 constexpr int kRowBlock = 256;
 // Up to here one thread does what is to be done row by row.
 constexpr int kFewRows = 3;
+// Up to here attention may be divided by tiles of the context, where rows and heads are too few to go round.
+constexpr int kSplitRows = 8;
 
 }  // namespace
 
-Forward::Forward(const Model& model, const Kernels& kernels, KvPool& kv, ThreadPool& pool, int max_rows, int max_logit_rows)
+Forward::Forward(const Model& model, const Kernels& kernels, KvPool& kv, ThreadPool& pool, int max_rows, int max_logit_rows,
+                 int max_context)
     : model_(model),
       shape_(model.shape()),
       kernels_(kernels),
@@ -26,6 +29,7 @@ Forward::Forward(const Model& model, const Kernels& kernels, KvPool& kv, ThreadP
       pool_(pool),
       max_rows_(max_rows),
       max_logit_rows_(max_logit_rows),
+      tiles_((max_context + kTileTokens - 1) / kTileTokens),
       scratch_(pool.threads()),
       segment_of_(max_rows) {
   const size_t query = round_up(size_t(shape_.heads) * shape_.head_dim, 16);
@@ -45,7 +49,7 @@ Forward::Forward(const Model& model, const Kernels& kernels, KvPool& kv, ThreadP
   linear_scratch_ = std::max(linear_scratch_, linear_scratch(model.output()));
   memory_ = Region(carve(nullptr), "maxRows, maxOutputs");
   carve(memory_.as<void>());
-  tasks_.reserve(size_t(max_rows) * shape_.kv_heads);
+  tasks_.reserve(std::max(size_t(max_rows) * shape_.kv_heads, size_t(kSplitRows) * shape_.kv_heads * tiles_));
 }
 
 size_t Forward::carve(void* base) {
@@ -63,6 +67,8 @@ size_t Forward::carve(void* base) {
   carver.take(offsets_, rows * blocks);
   carver.take(sums_, rows * blocks);
   carver.take(logits_, max_logit_rows_ * logit_stride_);
+  carver.take(tile_totals_, size_t(kSplitRows) * shape_.heads * tiles_ * kv_.value_stride());
+  carver.take(tile_states_, size_t(kSplitRows) * shape_.heads * tiles_ * 2);
   for (ThreadScratch& scratch : scratch_) {
     carver.take(scratch.linear, linear_scratch_);
     carver.take(scratch.attend, kAttendScratch);
@@ -76,18 +82,34 @@ void Forward::plan(const int32_t* tokens, const std::vector<Segment>& segments, 
   tokens_ = tokens;
   logit_rows_ = &logit_rows;
   rows_ = 0;
-  tasks_.clear();
-  // Rows of a task share each key and value that is read; few enough that tasks outnumber threads.
-  const int group = shape_.heads / shape_.kv_heads;
-  const int tokens_per_task = std::clamp(24 / group, 1, 8);
   for (const Segment& segment : segments) {
     for (int i = 0; i < segment.rows; ++i) segment_of_[rows_ + i] = &segment;
     rows_ += segment.rows;
-    for (int first = 0; first < segment.rows; first += tokens_per_task) {
-      const int count = std::min(tokens_per_task, segment.rows - first);
-      for (int head = 0; head < shape_.kv_heads; ++head) tasks_.push_back({&segment, first, count, head});
+  }
+  plan_attention(segments);
+}
+
+// How the work is divided changes no bit of it.
+void Forward::plan_attention(const std::vector<Segment>& segments) {
+  // Rows of a task share each key and value that is read; few enough that tasks outnumber threads.
+  const int group = shape_.heads / shape_.kv_heads;
+  const int tokens_per_task = std::clamp(24 / group, 1, 8);
+  int longest = 0;
+  for (const Segment& segment : segments) longest = std::max(longest, segment.position + segment.rows);
+  split_ = pool_.threads() > 1 && rows_ <= kSplitRows && rows_ * shape_.kv_heads < 4 * pool_.threads() && longest > 2 * kTileTokens;
+
+  tasks_.clear();
+  for (const Segment& segment : segments) {
+    const int step = split_ ? 1 : tokens_per_task;
+    for (int first = 0; first < segment.rows; first += step) {
+      const int count = std::min(step, segment.rows - first);
+      const int tiles = (segment.position + first + kTileTokens) / kTileTokens;  // of the first row's context
+      for (int head = 0; head < shape_.kv_heads; ++head) {
+        for (int tile = split_ ? 0 : -1; tile < (split_ ? tiles : 0); ++tile) tasks_.push_back({&segment, first, count, head, tile});
+      }
     }
   }
+  if (split_) return;
   std::sort(tasks_.begin(), tasks_.end(), [](const AttentionTask& a, const AttentionTask& b) {
     return a.segment->position + a.first > b.segment->position + b.first;
   });
@@ -95,7 +117,7 @@ void Forward::plan(const int32_t* tokens, const std::vector<Segment>& segments, 
 
 void Forward::run(int thread) {
   const std::vector<Layer>& layers = model_.layers();
-  pool_.for_each(rows_, [&](int row) {
+  pool_.for_each(thread, rows_, [&](int row) {
     embed(row);
     normalise(x_ + row * hidden_, layers[0].attention_norm, row);
   });
@@ -109,8 +131,11 @@ void Forward::run(int thread) {
     // whether it was computed now or found there.
     multiply(thread, rows_, qkv, 3, [&](int row) { store_kv(l, row); });
     for_each_then_rows(
-        static_cast<int>(tasks_.size()), rows_, [&](int task) { attend(thread, l, tasks_[task]); },
-        [&](int row) { quantise(row, shape_.heads * shape_.head_dim); });
+        thread, static_cast<int>(tasks_.size()), rows_, [&](int task) { attend(thread, l, tasks_[task]); },
+        [&](int row) {
+          if (split_) merge_tiles(row);
+          quantise(row, shape_.heads * shape_.head_dim);
+        });
     const Product attention_output[] = {{&layer.attention_output, z_, hidden_}};
     multiply(thread, rows_, attention_output, 1, [&](int row) {
       add(row);
@@ -127,21 +152,21 @@ void Forward::run(int thread) {
   }
 
   const int logit_rows = static_cast<int>(logit_rows_->size());
-  pool_.for_each(logit_rows, [&](int i) { normalise(x_ + (*logit_rows_)[i] * hidden_, model_.output_norm(), i); });
+  pool_.for_each(thread, logit_rows, [&](int i) { normalise(x_ + (*logit_rows_)[i] * hidden_, model_.output_norm(), i); });
   const Product output[] = {{&model_.output(), logits_, logit_stride_}};
   multiply(thread, logit_rows, output, 1, [](int) {});
 }
 
 // Runs `body` for each task, and when all are done `row_body` for each row. Few rows are not worth a second round of threads.
 template <class Body, class RowBody>
-void Forward::for_each_then_rows(int tasks, int rows, Body&& body, RowBody&& row_body) {
+void Forward::for_each_then_rows(int thread, int tasks, int rows, Body&& body, RowBody&& row_body) {
   if (rows <= kFewRows) {
-    pool_.for_each(tasks, body, [&] {
+    pool_.for_each(thread, tasks, body, [&] {
       for (int row = 0; row < rows; ++row) row_body(row);
     });
   } else {
-    pool_.for_each(tasks, body);
-    pool_.for_each(rows, row_body);
+    pool_.for_each(thread, tasks, body);
+    pool_.for_each(thread, rows, row_body);
   }
 }
 
@@ -223,7 +248,7 @@ void Forward::multiply(int thread, int rows, const Product* products, int count,
     kernels_.linear(*product->matrix, first, std::min(first + grain, product->matrix->panels), input,
                     product->out + first_row * product->stride, product->stride, scratch_[thread].linear);
   };
-  for_each_then_rows(panel_tasks * row_blocks, rows, body, row_body);
+  for_each_then_rows(thread, panel_tasks * row_blocks, rows, body, row_body);
 }
 
 // Rotates the row's queries and keys, scales the queries, and writes keys and values into the row's place in the pool.
@@ -254,41 +279,71 @@ void Forward::store_kv(int layer, int row) {
   }
 }
 
-// Some consecutive rows of a segment, all heads of one KV head: tile after tile of the context from position 0.
+// Tile after tile of the context from position 0, or one tile whose result is put aside.
 void Forward::attend(int thread, int layer, const AttentionTask& task) {
   const Segment& segment = *task.segment;
   const ThreadScratch& scratch = scratch_[thread];
-  const int head_dim = shape_.head_dim;
   const int group = shape_.heads / shape_.kv_heads;
   const int stride = kv_.value_stride();
-  const int first_position = segment.position + task.first;
   const int count = task.tokens * group;
 
-  QueryRow queries[kMostQueries];
+  QueryRow rows[kMostQueries];
   for (int i = 0; i < count; ++i) {
     const int row = segment.first_row + task.first + i / group;
     const int head = task.kv_head * group + i % group;
-    queries[i] = {projected_ + row * qkv_ + head * head_dim, 0, -std::numeric_limits<float>::infinity(), 0.0f,
-                  scratch.totals + i * stride};
+    float* total = task.tile < 0 ? scratch.totals + i * stride
+                                 : tile_totals_ + ((size_t(row) * shape_.heads + head) * tiles_ + task.tile) * stride;
+    std::fill(total, total + stride, 0.0f);
+    rows[i] = {projected_ + row * qkv_ + head * shape_.head_dim, 0, -std::numeric_limits<float>::infinity(), 0.0f, total};
   }
-  std::fill(scratch.totals, scratch.totals + count * stride, 0.0f);
 
-  KeyTile tile;
-  const int end = first_position + task.tokens;  // of the last row's context
-  for (int start = 0; start < end; start += kTileTokens) {
-    const int tokens = std::min(kTileTokens, end - start);
-    gather_tile(segment, layer, task.kv_head, start, tokens, scratch.gather, tile);
+  if (task.tile < 0) {
+    const int end = segment.position + task.first + task.tokens;  // of the last row's context
+    for (int tile = 0; tile * kTileTokens < end; ++tile) attend_tile(task, layer, tile, scratch, rows);
+    for (int i = 0; i < count; ++i) finish_attention(rows[i], segment.first_row + task.first + i / group, task.kv_head * group + i % group);
+  } else {
+    attend_tile(task, layer, task.tile, scratch, rows);
     for (int i = 0; i < count; ++i) {
-      queries[i].visible = std::clamp(first_position + i / group + 1 - start, 0, kTileTokens);
+      const int row = segment.first_row + task.first + i / group;
+      float* state = tile_states_ + ((size_t(row) * shape_.heads + task.kv_head * group + i % group) * tiles_ + task.tile) * 2;
+      state[0] = rows[i].max;
+      state[1] = rows[i].sum;
     }
-    kernels_.attend(tile, queries, count, head_dim, scratch.attend);
   }
+}
 
-  for (int i = 0; i < count; ++i) {
-    const int row = segment.first_row + task.first + i / group;
-    float* out = y_ + row * wide_ + (task.kv_head * group + i % group) * head_dim;
-    const float inverse = 1.0f / queries[i].sum;
-    for (int d = 0; d < head_dim; ++d) out[d] = queries[i].total[d] * inverse;
+void Forward::attend_tile(const AttentionTask& task, int layer, int tile, const ThreadScratch& scratch, QueryRow* rows) const {
+  const int group = shape_.heads / shape_.kv_heads;
+  const int start = tile * kTileTokens;
+  const int first_position = task.segment->position + task.first;
+  const int tokens = std::min(kTileTokens, first_position + task.tokens - start);
+  KeyTile keys;
+  gather_tile(*task.segment, layer, task.kv_head, start, tokens, scratch.gather, keys);
+  for (int i = 0; i < task.tokens * group; ++i) rows[i].visible = std::clamp(first_position + i / group + 1 - start, 0, kTileTokens);
+  kernels_.attend(keys, rows, task.tokens * group, shape_.head_dim, scratch.attend);
+}
+
+// The weighted mean of the values becomes a part of the next linear layer's input.
+void Forward::finish_attention(const QueryRow& row, int index, int head) {
+  float* out = y_ + index * wide_ + head * shape_.head_dim;
+  const float inverse = 1.0f / row.sum;
+  for (int d = 0; d < shape_.head_dim; ++d) out[d] = row.total[d] * inverse;
+}
+
+// All heads of a row whose tiles were tasks of their own: in the order in which one task would have met them.
+void Forward::merge_tiles(int row) {
+  const Segment& segment = *segment_of_[row];
+  const int tiles = (segment.position + (row - segment.first_row) + kTileTokens) / kTileTokens;
+  const int stride = kv_.value_stride();
+  alignas(64) float total[kMostHeadDim];
+  for (int head = 0; head < shape_.heads; ++head) {
+    const size_t first = (size_t(row) * shape_.heads + head) * tiles_;
+    std::fill(total, total + stride, 0.0f);
+    QueryRow merged = {nullptr, 0, -std::numeric_limits<float>::infinity(), 0.0f, total};
+    for (size_t i = first; i < first + tiles; ++i) {
+      kernels_.merge(merged, {nullptr, 0, tile_states_[2 * i], tile_states_[2 * i + 1], tile_totals_ + i * stride}, shape_.head_dim);
+    }
+    finish_attention(merged, row, head);
   }
 }
 

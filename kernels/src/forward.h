@@ -22,7 +22,8 @@ struct Segment {
 
 class Forward {
  public:
-  Forward(const Model& model, const Kernels& kernels, KvPool& kv, ThreadPool& pool, int max_rows, int max_logit_rows);
+  Forward(const Model& model, const Kernels& kernels, KvPool& kv, ThreadPool& pool, int max_rows, int max_logit_rows,
+          int max_context);
 
   // Lays out a step. The arrays have to live until `run` has ended.
   void plan(const int32_t* tokens, const std::vector<Segment>& segments, const std::vector<int>& logit_rows);
@@ -34,11 +35,13 @@ class Forward {
   const float* logits(int row) const { return logits_ + row * logit_stride_; }
 
  private:
+  // Some consecutive rows of a segment, all heads of one KV head, over some tiles of their context.
   struct AttentionTask {
     const Segment* segment;
     int first;   // row within the segment
     int tokens;  // rows
     int kv_head;
+    int tile;    // the only tile, or -1: all
   };
 
   // What one thread needs for itself.
@@ -60,13 +63,17 @@ class Forward {
   void normalise(const float* x, const float* weight, int row);
   void quantise(int row, int length);
   template <class Body, class RowBody>
-  void for_each_then_rows(int tasks, int rows, Body&& body, RowBody&& row_body);
+  void for_each_then_rows(int thread, int tasks, int rows, Body&& body, RowBody&& row_body);
   template <class RowBody>
   void multiply(int thread, int rows, const Product* products, int count, RowBody&& row_body);
   void add(int row);
   void gate(int row);
   void store_kv(int layer, int row);
+  void plan_attention(const std::vector<Segment>& segments);
   void attend(int thread, int layer, const AttentionTask& task);
+  void attend_tile(const AttentionTask& task, int layer, int tile, const ThreadScratch& scratch, QueryRow* rows) const;
+  void finish_attention(const QueryRow& row, int index, int head);
+  void merge_tiles(int row);
   void gather_tile(const Segment& segment, int layer, int kv_head, int start, int tokens, uint16_t* gather, KeyTile& tile) const;
 
   const Model& model_;
@@ -76,6 +83,7 @@ class Forward {
   ThreadPool& pool_;
   const int max_rows_;
   const int max_logit_rows_;
+  const int tiles_;  // of the longest context
 
   // Strides in elements.
   size_t hidden_;       // hidden padded
@@ -99,6 +107,8 @@ class Forward {
   float* offsets_;    // [rows, wide / 32]
   int32_t* sums_;     // [rows, wide / 32]
   float* logits_;     // [logit rows, logit_stride]
+  float* tile_totals_;  // [kSplitRows, heads, tiles, value_stride] what rows gathered over single tiles
+  float* tile_states_;  // [kSplitRows, heads, tiles, 2] and the max and sum that belong to it
   std::vector<ThreadScratch> scratch_;  // [threads]
 
   // The step being run.
@@ -107,6 +117,7 @@ class Forward {
   const std::vector<int>* logit_rows_ = nullptr;
   std::vector<const Segment*> segment_of_;  // [rows]
   std::vector<AttentionTask> tasks_;        // longest first
+  bool split_ = false;                      // whether each tile of the context is a task of its own
 };
 
 }  // namespace penstock

@@ -184,8 +184,8 @@ void Model::pack(const GgufFile& file, ThreadPool& pool) {
   std::exception_ptr error;
   std::mutex error_mutex;
   const int count = static_cast<int>(pending_.size());
-  pool.run([&](int) {
-    pool.for_each(count * 16, [&](int task) {  // a sixteenth of a matrix each
+  pool.run([&](int thread) {
+    pool.for_each(thread, count * 16, [&](int task) {  // a sixteenth of a matrix each
       const Pending& p = pending_[task / 16];
       try {
         const int first = static_cast<int>(int64_t{p.matrix->panels} * (task % 16) / 16);

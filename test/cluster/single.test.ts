@@ -115,3 +115,29 @@ describe.each([
     expect(node.workers.get("w0")!.worker.epoch).toBeGreaterThan(worker.epoch)
   })
 })
+
+it("several workers of one process share the requests, and give the tokens that one worker gives", async () => {
+  const one = await startNode()
+  const two = await startNode({ change: (topology) => ({ ...topology, scheduler: { ...topology.scheduler, policy: "least-loaded" }, workers: ["a", "b"].map((name) => ({ ...topology.workers[0]!, name, threads: 1, maxBatch: 4 })) }) })
+  try {
+    const requests = crowd(16)
+    const expected = await Promise.all(requests.map((request) => streamCompletion(one, request)))
+    expect(await Promise.all(requests.map((request) => streamCompletion(two, request)))).toEqual(expected)
+    for (const { worker } of two.workers.values()) expect(worker.engine.counters.outputTokens).toBeGreaterThan(0)
+  } finally {
+    await one.stop()
+    await two.stop()
+  }
+})
+
+it("a request that is larger than the KV pool is a 400 that says so, and others go on", async () => {
+  const small = await startNode({ change: (topology) => ({ ...topology, workers: topology.workers.map((worker) => ({ ...worker, kv: { ...worker.kv, blocks: 4 } })) }) })
+  try {
+    const response = await fetch(`${small.url}/v1/completions`, { method: "POST", body: JSON.stringify({ model: "tiny", prompt: "word ".repeat(80), max_tokens: 4 }) })
+    expect(response.status).toBe(400)
+    expect(await response.json()).toMatchObject({ error: { code: "context_length_exceeded", param: "prompt", type: "invalid_request_error" } })
+    expect((await streamCompletion(small, { prompt: "short", max_tokens: 4, ignore_eos: true })).tokens).toHaveLength(4)
+  } finally {
+    await small.stop()
+  }
+})

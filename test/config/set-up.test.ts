@@ -16,7 +16,7 @@ const node = (args: ReadonlyArray<string>, options: { readonly cwd?: string; rea
   return { status, stdout, stderr }
 }
 
-const main = (...args: ReadonlyArray<string>) => node(["--import", "tsx", "actors/main.ts", ...args])
+const main = (...args: ReadonlyArray<string>) => node(["--import", "tsx", "gateway/main.ts", ...args])
 
 beforeAll(() => {
   scratch = mkdtempSync(join(tmpdir(), "penstock-set-up-"))
@@ -52,7 +52,7 @@ describe("the command line", () => {
       stdout: "",
       stderr: "typo.yaml:2: wrkers: unknown key, did you mean workers?; allowed: penstock, cluster, model, bus, gateway, request, scheduler, workers, kvStore, telemetry\n"
     })
-    expect(node(["--import", "tsx", "actors/main.ts", "up"], { env: { PENSTOCK_ISA: "sse" } })).toMatchObject({ status: 1, stderr: 'PENSTOCK_ISA: expected one of reference, avx2, avx512, found "sse"\n' })
+    expect(node(["--import", "tsx", "gateway/main.ts", "up"], { env: { PENSTOCK_ISA: "sse" } })).toMatchObject({ status: 1, stderr: 'PENSTOCK_ISA: expected one of reference, avx2, avx512, found "sse"\n' })
     expect(main("pull", "file:/nowhere/m.gguf")).toMatchObject({ status: 1, stderr: expect.stringMatching(/^\/nowhere\/m\.gguf: no such file[^\n]*\n$/) })
   })
 })

@@ -66,6 +66,10 @@ describe("a topology file", () => {
     expect(problem).toContain(use)
   })
 
+  test("all workers have blocks of one size", () => {
+    expect(problems("penstock: 1\nworkers:\n  - { name: a }\n  - { name: b, kv: { blockTokens: 32 } }\n")).toEqual(["single.yaml:4: workers[1].kv.blockTokens: expected 16, as workers[0] has, found 32"])
+  })
+
   test("workers' names differ and every role is somebody's", () => {
     const found = problems("penstock: 1\nworkers:\n  - { name: a, roles: [decode] }\n  - { name: a, roles: [decode] }\n")
     expect(found).toContain("single.yaml:3: workers: no worker has the role prefill; at least one must")

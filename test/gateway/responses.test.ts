@@ -154,6 +154,20 @@ describe("responses over HTTP", () => {
 })
 
 describe("responses over WebSocket", () => {
+  it("keeps a bounded number of conversations, and forgets the oldest", async () => {
+    server = await startGateway()
+    const client = await connect()
+    const ids: Array<string> = []
+    for (let index = 0; index <= limits.webSocketTurns; index++) {
+      client.send({ input: String(index) })
+      ids.push(((await client.response()).at(-1) as { response: { id: string } }).response.id)
+    }
+    client.send({ input: "x", previous_response_id: ids[0] })
+    expect(await client.next()).toMatchObject({ code: "previous_response_not_found" })
+    client.send({ input: "x", previous_response_id: ids[1] })
+    expect((await client.response()).at(-1)!.type).toBe("response.completed")
+  })
+
   it("the official client gets the same events as over HTTP", async () => {
     server = await startGateway()
     const ws = new ResponsesWS(server.client)

@@ -5,10 +5,10 @@ import { join } from "node:path"
 import { Effect, Exit, Scope } from "effect"
 import { loadTopology } from "../../config/load-topology.ts"
 import type { Topology } from "../../config/topology.ts"
-import { node, type RunningNode } from "../../actors/node/up.ts"
+import { serve, type Serving } from "../../gateway/up.ts"
 import { writeTinyModel, type TinyModelOptions } from "./tiny-model.ts"
 
-export interface StartedNode extends RunningNode {
+export interface StartedNode extends Serving {
   readonly modelName: string
   stop(): Promise<void>
 }
@@ -34,7 +34,7 @@ export const startNode = async (options: StartNodeOptions = {}): Promise<Started
     rmSync(folder, { recursive: true, force: true })
   }
   try {
-    const running = await Effect.runPromise(Scope.provide(node({ topology: options.change?.(topology) ?? topology, model }), scope))
+    const running = await Effect.runPromise(Scope.provide(serve({ topology: options.change?.(topology) ?? topology, model }), scope))
     return { ...running, modelName: model.name, stop }
   } catch (error) {
     await stop()

@@ -113,20 +113,7 @@ void attend_rows(const KeyTile& tile, QueryRow* rows, int head_dim, float* scrat
     }
   }
 
-  for (int r = 0; r < R; ++r) {
-    QueryRow& row = rows[r];
-    const float merged = max[r] > row.max ? max[r] : row.max;
-    const float old_weight = fixed_exp(row.max - merged);
-    const float new_weight = fixed_exp(max[r] - merged);
-    const __m256 o = _mm256_set1_ps(old_weight);
-    const __m256 n = _mm256_set1_ps(new_weight);
-    for (int d = 0; d < padded_dim; d += 8) {
-      const __m256 total = _mm256_mul_ps(_mm256_loadu_ps(totals + r * padded_dim + d), n);
-      _mm256_storeu_ps(row.total + d, _mm256_fmadd_ps(_mm256_loadu_ps(row.total + d), o, total));
-    }
-    row.sum = std::fma(row.sum, old_weight, sum[r] * new_weight);
-    row.max = merged;
-  }
+  for (int r = 0; r < R; ++r) merge(rows[r], {nullptr, 0, max[r], sum[r], totals + r * padded_dim}, head_dim);
 }
 
 }  // namespace
@@ -146,6 +133,20 @@ void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float*
     case 1: return attend_rows<1>(tile, rows, head_dim, scratch);
     default: return;
   }
+}
+
+void merge(QueryRow& row, const QueryRow& tile, int head_dim) {
+  const float max = tile.max > row.max ? tile.max : row.max;
+  const float old_weight = fixed_exp(row.max - max);
+  const float new_weight = fixed_exp(tile.max - max);
+  const __m256 o = _mm256_set1_ps(old_weight);
+  const __m256 n = _mm256_set1_ps(new_weight);
+  for (int d = 0; d < head_dim; d += 8) {  // totals are padded to 16
+    const __m256 total = _mm256_mul_ps(_mm256_loadu_ps(tile.total + d), n);
+    _mm256_storeu_ps(row.total + d, _mm256_fmadd_ps(_mm256_loadu_ps(row.total + d), o, total));
+  }
+  row.sum = std::fma(row.sum, old_weight, tile.sum * new_weight);
+  row.max = max;
 }
 
 }  // namespace penstock::avx2

@@ -12,5 +12,6 @@ void to_half(const float* x, int length, uint16_t* y);
 void quantise(const float* x, int length, QuantisedRow row);
 void linear(const Matrix& matrix, int first, int last, const LinearInput& input, float* out, size_t out_stride, uint8_t* scratch);
 void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float* scratch);
+void merge(QueryRow& row, const QueryRow& tile, int head_dim);
 
 }  // namespace penstock::avx2

@@ -1,5 +1,6 @@
 // AVX-512: attention of some query rows over one tile of keys. Same steps as avx2_attention.cc, in registers twice as wide: the
 // sixteen lanes of a sum are one register, as are the keys of a group.
+#include "avx2_kernels.h"
 #include "avx2_math.h"
 #include "avx512_kernels.h"
 
@@ -145,20 +146,7 @@ void attend_rows(const KeyTile& tile, QueryRow* rows, int head_dim, float* scrat
     }
   }
 
-  for (int r = 0; r < R; ++r) {
-    QueryRow& row = rows[r];
-    const float merged = max[r] > row.max ? max[r] : row.max;
-    const float old_weight = fixed_exp(row.max - merged);
-    const float new_weight = fixed_exp(max[r] - merged);
-    const __m512 o = _mm512_set1_ps(old_weight);
-    const __m512 n = _mm512_set1_ps(new_weight);
-    for (int d = 0; d < padded_dim; d += 16) {
-      const __m512 total = _mm512_mul_ps(_mm512_loadu_ps(totals + r * padded_dim + d), n);
-      _mm512_storeu_ps(row.total + d, _mm512_fmadd_ps(_mm512_loadu_ps(row.total + d), o, total));
-    }
-    row.sum = std::fma(row.sum, old_weight, sum[r] * new_weight);
-    row.max = merged;
-  }
+  for (int r = 0; r < R; ++r) avx2::merge(rows[r], {nullptr, 0, max[r], sum[r], totals + r * padded_dim}, head_dim);
 }
 
 }  // namespace

@@ -82,8 +82,12 @@ struct Kernels {
   void (*linear)(const Matrix& matrix, int first, int last, const LinearInput& input, float* out, size_t out_stride,
                  uint8_t* scratch);
 
-  // Adds one tile to each row. `scratch` holds kAttendScratch floats.
+  // Adds one tile to each row; rows are in order of position. `scratch` holds kAttendScratch floats.
   void (*attend)(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float* scratch);
+
+  // Adds what a row gathered over the next tile by itself: attending tile after tile and merging single tiles in the same order
+  // give the same bits.
+  void (*merge)(QueryRow& row, const QueryRow& tile, int head_dim);
 };
 
 // Room for one panel with its nibbles and scales spread out to bytes and floats.

@@ -132,6 +132,15 @@ void linear(const Matrix& matrix, int first, int last, const LinearInput& input,
 
 // ---- attention ----
 
+void merge(QueryRow& row, const QueryRow& tile, int head_dim) {
+  const float max = tile.max > row.max ? tile.max : row.max;
+  const float old_weight = fixed_exp(row.max - max);
+  const float new_weight = fixed_exp(tile.max - max);
+  for (int d = 0; d < head_dim; ++d) row.total[d] = std::fma(row.total[d], old_weight, tile.total[d] * new_weight);
+  row.sum = std::fma(row.sum, old_weight, tile.sum * new_weight);
+  row.max = max;
+}
+
 // A tile by itself, then merged into what came before. Scores: one chain of fma over the dimensions. Weights exp(score -
 // tile's max) are summed in 16 lanes (position mod 16); values are added up by one chain over positions.
 void attend_row(const KeyTile& tile, QueryRow& row, int head_dim, float* scores) {
@@ -150,16 +159,12 @@ void attend_row(const KeyTile& tile, QueryRow& row, int head_dim, float* scores)
   }
   const float sum = tree_sum16(lanes);
 
-  const float merged = max > row.max ? max : row.max;
-  const float old_weight = fixed_exp(row.max - merged);
-  const float new_weight = fixed_exp(max - merged);
+  float totals[kMostHeadDim];
   for (int d = 0; d < head_dim; ++d) {
-    float total = 0.0f;
-    for (int t = 0; t < row.visible; ++t) total = std::fma(scores[t], float_of_half(tile.values[t][d]), total);
-    row.total[d] = std::fma(row.total[d], old_weight, total * new_weight);
+    totals[d] = 0.0f;
+    for (int t = 0; t < row.visible; ++t) totals[d] = std::fma(scores[t], float_of_half(tile.values[t][d]), totals[d]);
   }
-  row.sum = std::fma(row.sum, old_weight, sum * new_weight);
-  row.max = merged;
+  merge(row, {nullptr, 0, max, sum, totals}, head_dim);
 }
 
 void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float* scratch) {
@@ -170,6 +175,6 @@ void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float*
 
 }  // namespace
 
-const Kernels kReferenceKernels = {InstructionSet::Reference, rms_norm, swiglu, rotate, to_half, quantise, linear, attend};
+const Kernels kReferenceKernels = {InstructionSet::Reference, rms_norm, swiglu, rotate, to_half, quantise, linear, attend, merge};
 
 }  // namespace penstock

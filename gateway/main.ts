@@ -1,12 +1,12 @@
-/** The command line: reads flags, prints one clear line for what is wrong, and leaves the work to node/. */
+/** The command line: reads flags, prints one clear line for what is wrong, and leaves the work to others. */
 import { readFileSync } from "node:fs"
 import { fileURLToPath } from "node:url"
 import { parseArgs } from "node:util"
 import { ConfigError } from "../config/config-error.ts"
 import { readEnv, type Env } from "../config/env.ts"
 import { parseModel } from "../config/models.ts"
-import { FetchError } from "./node/fetch-error.ts"
-import { fetchModel, type ResolvedModel } from "./node/fetch-model.ts"
+import { FetchError } from "../actors/node/fetch-error.ts"
+import { fetchModel, type ResolvedModel } from "../actors/node/fetch-model.ts"
 
 const usage = `Usage: npm run -s penstock -- COMMAND
 
@@ -55,10 +55,10 @@ const up = async (files: ReadonlyArray<string>, values: ReturnType<typeof parse>
   const port = parsePort(values.port)
   const env = readEnv()
   // Only here: Effect and the actors take a while to load, and `pull` needs none of them.
-  const [{ loadTopology }, { up: run }] = await Promise.all([import("../config/load-topology.ts"), import("./node/up.ts")])
-  const { topology, path, model: spec } = loadTopology(values.topology ?? files[0] ?? defaultTopology, { host: values.host, port: port ?? env.port })
+  const [{ loadTopology }, { up: run }] = await Promise.all([import("../config/load-topology.ts"), import("./up.ts")])
+  const { topology, model: spec } = loadTopology(values.topology ?? files[0] ?? defaultTopology, { host: values.host, port: port ?? env.port })
   const model: ResolvedModel = await fetchModel(spec, fetchOptions(env))
-  return run({ topology, topologyPath: path, model })
+  return run({ topology, model })
 }
 
 const pull = async (models: ReadonlyArray<string>): Promise<number> => {

@@ -1,13 +1,12 @@
 /**
- * Brings a topology up in this process and takes it down again: store and scheduler first, then workers, request actors
- * and the gateway; down in the opposite order, each when its Scope closes.
+ * Brings up what a topology says runs here, but for the gateway: store and scheduler first, then workers and request
+ * actors; down in the opposite order, each when its Scope closes.
  */
 import { availableParallelism } from "node:os"
-import { Cause, Deferred, Effect, Exit, Option, type Scope } from "effect"
+import { Effect, type Scope } from "effect"
 import { readEnv } from "../../config/env.ts"
 import { limits } from "../../config/limits.ts"
 import type { Topology } from "../../config/topology.ts"
-import { gateway } from "../../gateway/gateway.ts"
 import { numericsVersion, readGguf } from "../../kernels/index.ts"
 import type { Bus } from "../runtime/bus.ts"
 import { Link } from "../runtime/link.ts"
@@ -28,22 +27,18 @@ import { worker, WorkerError, type RunningWorker } from "./worker.ts"
 export interface NodeOptions {
   readonly topology: Topology
   readonly model: ResolvedModel
-  /** Absolute path of the gateway's key file, if there is one. */
-  readonly keysFile?: string
 }
 
 export interface RunningNode {
-  readonly url: string
-  readonly port: number
   readonly bus: Bus
   /** By name; a worker that is being restarted is the last one that ran. */
   readonly workers: ReadonlyMap<string, RunningWorker>
+  /** Most tokens of a sequence. */
+  readonly contextTokens: number
 }
 
-type Failed = WorkerError | Effect.Error<ReturnType<typeof gateway>>
-
-/** Runs a topology until the Scope closes. */
-export const node = (options: NodeOptions): Effect.Effect<RunningNode, Failed, Scope.Scope> =>
+/** Runs a topology's actors until the Scope closes. */
+export const node = (options: NodeOptions): Effect.Effect<RunningNode, WorkerError, Scope.Scope> =>
   Effect.gen(function* () {
     const { topology, model } = options
     const { cluster } = topology
@@ -96,49 +91,5 @@ export const node = (options: NodeOptions): Effect.Effect<RunningNode, Failed, S
     })
     const [, served] = yield* Effect.all([startWorkers, Effect.andThen(Effect.sleep(1), makeModel)], { concurrency: "unbounded" })
     yield* requestActor({ link: link("request r0"), cluster, id: "r0", model: served })
-
-    const { host, port } = topology.gateway
-    const listening = yield* gateway({
-      bus,
-      cluster,
-      host,
-      port,
-      keysFile: options.keysFile,
-      model: { id: model.name, created: Math.floor(Date.now() / 1000), ownedBy: "penstock", contextLength: served.contextTokens },
-      ready: () => ({ ready: running.size === share }),
-    })
-    return { ...listening, bus, workers: running }
+    return { bus, workers: running, contextTokens: served.contextTokens }
   })
-
-const signalled: Effect.Effect<string> = Effect.callback((resume) => {
-  const handlers = (["SIGINT", "SIGTERM"] as const).map((signal) => {
-    const handler = () => resume(Effect.succeed(signal))
-    process.once(signal, handler)
-    return () => process.removeListener(signal, handler)
-  })
-  return Effect.sync(() => handlers.forEach((remove) => remove()))
-})
-
-/** The command `up`: runs until SIGINT or SIGTERM, and resolves to the exit code after an orderly shutdown. */
-export const up = async (options: NodeOptions & { readonly topologyPath: string }): Promise<number> => {
-  const startedAtMs = performance.now() - process.uptime() * 1000
-  const stopping = Deferred.makeUnsafe<void>()
-  const main = Effect.gen(function* () {
-    const { url, workers } = yield* node(options)
-    const { kernels } = [...workers.values()][0]!
-    const { isa, threads, blocks, blockTokens } = kernels.info
-    const seconds = ((performance.now() - startedAtMs) / 1000).toFixed(1)
-    process.stdout.write(`Penstock serves ${options.model.name} at ${url} (${isa}, ${threads} threads, KV for ${blocks * blockTokens} tokens)\n`)
-    process.stdout.write(`ready after ${seconds} s; stop with Ctrl-C\n`)
-    const signal = yield* signalled
-    process.stdout.write(`${signal}: stopping\n`)
-    yield* Deferred.succeed(stopping, undefined)
-  })
-  // A shutdown that hangs is cut off: what is left is freed with the process.
-  void Effect.runPromise(Deferred.await(stopping)).then(() => setTimeout(() => process.exit(1), limits.shutdownDeadlineMs).unref())
-  const exit = await Effect.runPromiseExit(Effect.scoped(main))
-  if (Exit.isSuccess(exit)) return 0
-  const failure = Option.getOrUndefined(Cause.findErrorOption(exit.cause))
-  process.stderr.write(`${failure === undefined ? Cause.pretty(exit.cause) : failure.message}\n`)
-  return 1
-}

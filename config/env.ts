@@ -1,5 +1,5 @@
 import { homedir } from "node:os"
-import { isAbsolute, join } from "node:path"
+import { delimiter, isAbsolute, join } from "node:path"
 import { ConfigError } from "./config-error.ts"
 
 /** The names only, so that config/ imports nothing of the project; kernels/index.ts has the same ones. */
@@ -17,6 +17,8 @@ export interface Env {
   readonly threads: number | undefined
   /** A nats-server binary. */
   readonly natsServer: string | undefined
+  /** Folders that programs are looked for in: the absolute ones of PATH. */
+  readonly searchPath: ReadonlyArray<string>
   readonly otlpEndpoint: string | undefined
   /** Where Hugging Face's files come from; another one for mirrors. */
   readonly hfEndpoint: string
@@ -74,6 +76,7 @@ export const readEnv = (variables: NodeJS.ProcessEnv = process.env): Env => {
     isa,
     threads: integer("PENSTOCK_THREADS", 1, 1024),
     natsServer: absolute("PENSTOCK_NATS_SERVER"),
+    searchPath: (value("PATH") ?? "").split(delimiter).filter((folder) => isAbsolute(folder)),
     otlpEndpoint: url("OTEL_EXPORTER_OTLP_ENDPOINT"),
     hfEndpoint: url("HF_ENDPOINT") ?? "https://huggingface.co"
   }

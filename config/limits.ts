@@ -8,6 +8,28 @@ export const limits = {
   actorStreams: 1024,
   /** Most bytes of one bus message, headers included: the default max_payload of a NATS server. */
   maxPayloadBytes: 1024 * 1024,
+  /** Bytes given to the NATS client that the server has not taken yet, beyond which publishing is refused as overloaded. */
+  busPendingBytes: 128 * 1024 * 1024,
+  /** The server is asked how far it is each time this many bytes were published. */
+  busConfirmBytes: 1024 * 1024,
+  /** Longest wait for a NATS server to answer when a connection is made. */
+  busConnectDeadlineMs: 5_000,
+  /** A lost connection is tried again after this long, doubling, half of it by chance … */
+  busReconnectDelayMs: 50,
+  /** … up to this. */
+  busReconnectDelayMaxMs: 2_000,
+  /** A NATS connection is probed this often; after two probes without an answer it is lost. */
+  busPingIntervalMs: 3_000,
+  /** Time that closing a bus may take to deliver what is on its way. */
+  busDrainDeadlineMs: 1_000,
+  /** Longest wait for a spawned nats-server to listen. */
+  natsServerStartDeadlineMs: 10_000,
+  /** Time that a nats-server has to end before it is killed. */
+  natsServerStopDeadlineMs: 1_000,
+  /** Longest time that building a nats-server may take before the next source is tried. */
+  natsServerBuildDeadlineMs: 300_000,
+  /** What a spawned nats-server holds for one connection that does not read before it cuts it off. */
+  natsServerPendingBytes: 256 * 1024 * 1024,
   /** Longest wait for the answer to a control message. */
   askDeadlineMs: 5_000,
   /** Frames that a stream's reader lets be on their way before it has consumed them. */
@@ -83,6 +105,14 @@ export const limits = {
   storeQueueBlocks: 4_096,
   /** Longest wait for an answer of the KV store; after it, a miss. */
   storeDeadlineMs: 2_000,
+  /** Most bytes of one chunk of a KV transfer, its header included; a bus with a smaller limit is refused at start. */
+  kvChunkBytes: 512 * 1024,
+  /** Bytes of chunks that a receiver lets be on their way. */
+  kvWindowBytes: 8 * 1024 * 1024,
+  /** A sender without an answer repeats how far it is this often. */
+  kvProgressIntervalMs: 100,
+  /** A transfer on which nothing comes for this long has failed. */
+  kvSilenceMs: 10_000,
   /** KV events kept by a worker for a scheduler that missed some. */
   kvEventRing: 4_096,
   /** Share of the machine's free memory that `kv.blocks: auto` takes at most, and its bound. */
@@ -101,6 +131,16 @@ export const limits = {
 const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.streamKeepAliveMs * 3 <= limits.streamSilenceMs, "streamKeepAliveMs * 3 <= streamSilenceMs"],
   [limits.heartbeatIntervalMs * 3 <= limits.heartbeatSilenceMs, "heartbeatIntervalMs * 3 <= heartbeatSilenceMs"],
+  [limits.maxPayloadBytes <= limits.busConfirmBytes, "maxPayloadBytes <= busConfirmBytes"],
+  [limits.busConfirmBytes * 16 <= limits.busPendingBytes, "busConfirmBytes * 16 <= busPendingBytes"],
+  [limits.kvWindowBytes * 16 <= limits.busPendingBytes, "kvWindowBytes * 16 <= busPendingBytes"],
+  [limits.busPendingBytes <= limits.natsServerPendingBytes, "busPendingBytes <= natsServerPendingBytes"],
+  [limits.busPingIntervalMs * 3 <= limits.streamSilenceMs, "busPingIntervalMs * 3 <= streamSilenceMs"],
+  [limits.busReconnectDelayMaxMs * 4 <= limits.recoveryDeadlineMs, "busReconnectDelayMaxMs * 4 <= recoveryDeadlineMs"],
+  [limits.busDrainDeadlineMs + limits.natsServerStopDeadlineMs < limits.shutdownDeadlineMs, "busDrainDeadlineMs + natsServerStopDeadlineMs < shutdownDeadlineMs"],
+  [limits.kvChunkBytes < limits.maxPayloadBytes, "kvChunkBytes < maxPayloadBytes"],
+  [limits.kvChunkBytes * 4 <= limits.kvWindowBytes, "kvChunkBytes * 4 <= kvWindowBytes"],
+  [limits.kvProgressIntervalMs * 10 <= limits.kvSilenceMs, "kvProgressIntervalMs * 10 <= kvSilenceMs"],
   [limits.streamWindowFrames <= limits.streamBacklogFrames, "streamWindowFrames <= streamBacklogFrames"],
   [limits.prefillDeadlineMs <= limits.requestDeadlineMs, "prefillDeadlineMs <= requestDeadlineMs"],
   [limits.placementDeadlineMs <= limits.requestDeadlineMs, "placementDeadlineMs <= requestDeadlineMs"],

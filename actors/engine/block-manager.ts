@@ -70,8 +70,9 @@ export class BlockManager {
     return count
   }
 
-  has(hash: BlockHash): boolean {
-    return this.#index.has(hash)
+  /** The block with this content, as it is now: without a reference it may be evicted by the next `allocate`. */
+  find(hash: BlockHash): number | undefined {
+    return this.#index.get(hash)
   }
 
   /** One more holder of a block that has one. */

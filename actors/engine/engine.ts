@@ -3,7 +3,8 @@
  * driven by calls between steps and speaks to its callers through sinks.
  *
  * A generation: `reserve` (waits for blocks) -> `sink.reserved` -> `prefill` -> first tokens to the prefill sink -> the
- * others to the decode sink -> `ended`. `cancel` takes effect at the next step's boundary.
+ * others to the decode sink -> `ended`. `cancel` takes effect at the next step's boundary. Choices that go on with tokens
+ * delivered elsewhere each have their own blocks; those that have none yet begin later, through the decode sink.
  */
 import { limits } from "../../config/limits.ts"
 import type { Engine as Kernels, StepResult } from "../../kernels/index.ts"
@@ -92,9 +93,19 @@ export class Engine {
       if (strange !== undefined) refuse("invalid_request", `token ${strange} is not in the vocabulary of ${vocabulary}`, "prompt")
     }
     if (spec.prompt.length === 0) refuse("invalid_request", "the prompt has no tokens", "prompt")
+    const { delivered, choices, maxTokens, suppressedTokens, sampling } = spec
+    if ((delivered.length > 0 && delivered.length !== choices) || delivered.some((list) => list.length > maxTokens)) refuse("invalid_request", `delivered: expected the tokens of ${choices} choices, at most ${maxTokens} of each`, "delivered")
+    if (sampling.minTokens > 0 && new Set(suppressedTokens).size >= vocabulary) refuse("invalid_request", "min_tokens: every token of the vocabulary would be suppressed", "min_tokens")
     const group = new Group(spec, this.#arrivals++, sink)
+    const first = group.sequences[0]
+    try {
+      // The kernels check the options once for all choices, now: in the middle of a step they would fail everybody.
+      if (first !== undefined && maxTokens > 0) this.#samplerOf(first, first.choice)
+    } catch (error) {
+      refuse("invalid_request", error instanceof Error ? error.message : String(error))
+    }
     this.#groups.set(spec.id, group)
-    this.#queue.waiting.push(...group.sequences)
+    this.#queue.enqueue(group.sequences)
     this.#notify()
   }
 
@@ -123,7 +134,7 @@ export class Engine {
   importBlock(id: string, place: number, bytes: Uint8Array): boolean {
     const group = this.#groups.get(id)
     const sequence = group?.sequences[0]
-    if (group === undefined || sequence === undefined || group.cancelled || group.prefill !== undefined || !group.reserved) return false
+    if (group === undefined || sequence === undefined || group.cancelled || group.prefill !== undefined || !sequence.running) return false
     if (sequence.computed !== place * this.blockTokens || (place + 1) * this.blockTokens >= sequence.length) return false
     this.#kernels.importBlock(sequence.table[place]!, bytes)
     sequence.computed += this.blockTokens
@@ -134,11 +145,10 @@ export class Engine {
 
   /** A copy of the block with this content in the wire layout; undefined when it is not here any more. */
   exportBlock(hash: BlockHash): Uint8Array | undefined {
-    const block = this.blocks.acquire(hash)
+    const block = this.blocks.find(hash) // without a reference, which would make a cached block a recently used one
     if (block === undefined) return undefined
     const bytes = new Uint8Array(this.#kernels.info.blockBytes)
     this.#kernels.exportBlock(block, bytes)
-    this.blocks.release([block])
     return bytes
   }
 
@@ -155,12 +165,18 @@ export class Engine {
     this.#notify()
   }
 
-  /** Stops a generation and frees its blocks: now, or at the end of the step in flight. Its sinks hear nothing more. */
+  /**
+   * Stops a generation and frees its blocks: now, or at the end of the step in flight. Its sinks hear it at once, so that
+   * the one that did not ask for it does not wait for ever, and nothing after that.
+   */
   cancel(id: string): void {
     const group = this.#groups.get(id)
-    if (group === undefined) return
+    if (group === undefined || group.cancelled) return
     group.cancelled = true
     if (!this.#stepping) this.#drop(group)
+    const fault = new Fault({ code: "cancelled", message: `${this.#options.name}: the generation was cancelled`, hop: this.#options.name })
+    group.prefill?.failed(fault)
+    group.sink.failed(fault)
     this.#notify()
   }
 
@@ -188,16 +204,11 @@ export class Engine {
       try {
         this.#reap()
         this.#announce(this.#queue.admit())
+        const { preemptions } = this.#queue
         const chunks = this.#queue.ensureBlocks(compose(this.#queue.running, this.#budget))
-        if (chunks.length === 0) {
-          await new Promise<void>((resolve) => (this.#wake = resolve))
-          continue
-        }
-        const { batch, outputs } = composeBatch(chunks, (sequence, choice) => this.#samplerOf(sequence, choice))
-        this.#stepping = true
-        const result = await this.#kernels.step(batch)
-        this.#stepping = false
-        this.#apply(chunks, outputs, result)
+        if (chunks.length > 0) await this.#step(chunks)
+        // Where all have given way, the oldest of them fits again at once.
+        else if (this.#queue.preemptions === preemptions) await new Promise<void>((resolve) => (this.#wake = resolve))
       } catch (error) {
         this.#stepping = false
         this.#closed = true
@@ -206,6 +217,14 @@ export class Engine {
         this.#break(error instanceof Error ? error : new Error(String(error)))
       }
     }
+  }
+
+  async #step(chunks: ReadonlyArray<Chunk>): Promise<void> {
+    const { batch, outputs } = composeBatch(chunks, (sequence, choice) => this.#samplerOf(sequence, choice))
+    this.#stepping = true
+    const result = await this.#kernels.step(batch)
+    this.#stepping = false
+    this.#apply(chunks, outputs, result)
   }
 
   /** At a step's boundary: what was cancelled or stopped while it ran. */
@@ -219,7 +238,8 @@ export class Engine {
 
   #announce(admitted: ReadonlyArray<Sequence>): void {
     for (const { group } of admitted) {
-      if (group.reserved || !group.sequences.every(({ running }) => running)) continue
+      // One choice with blocks is enough to begin: to wait for all with some would be a deadlock in a small pool.
+      if (group.reserved) continue
       group.reserved = true
       group.cachedTokens = group.sequences[0]!.computed
       group.sink.reserved(group.cachedTokens)
@@ -281,10 +301,11 @@ export class Engine {
     this.#freeSampler(group, sequence.choice)
   }
 
-  /** After the step that drew the first token of every choice: the prompt's part is over. */
+  /** After the step that drew the first token of every choice that has blocks: the prompt's part is over. */
   #finishPrefill(group: Group): void {
     if (group.cancelled || !this.#groups.has(group.spec.id)) return
-    const begun = group.sequences.every((sequence) => sequence.finished || sequence.outputLength > (group.spec.delivered[sequence.choice]?.length ?? 0))
+    const hasDrawn = (sequence: Sequence) => sequence.finished || sequence.outputLength > (group.spec.delivered[sequence.choice]?.length ?? 0)
+    const begun = group.sequences.some(hasDrawn) && group.sequences.every((sequence) => !sequence.running || hasDrawn(sequence))
     const scoredOnly = group.spec.maxTokens === 0 && group.sequences.every(({ pending }) => pending === 0)
     if (!group.prefillDone && (begun || scoredOnly)) {
       group.prefillDone = true
@@ -307,7 +328,7 @@ export class Engine {
       if (position !== undefined && !sequence.group.cancelled) {
         const width = Math.max(0, sequence.group.spec.logprobs)
         const tops = Array.from({ length: to - from }, (_, i) => readOutput(result, from + i, width))
-        sequence.group.scoredTo = position + to - from
+        sequence.group.scoredTo = Math.max(sequence.group.scoredTo, position + to - from)
         sequence.group.prefill?.scores({
           position,
           width,

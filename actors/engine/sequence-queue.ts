@@ -1,10 +1,14 @@
 /**
  * Which sequences run and which wait, and the blocks they hold. First come, first served; when the pool is full the
- * youngest is preempted: it gives its blocks back, waits in front, and recomputes what is no longer cached.
+ * youngest is preempted, one whose reader is behind before all others: it gives its blocks back, waits in its place, and
+ * recomputes what is no longer cached.
  */
 import type { BlockManager } from "./block-manager.ts"
 import type { Chunk } from "./composer.ts"
 import type { Group, Sequence } from "./sequence.ts"
+
+const isOlder = (left: Sequence, right: Sequence): boolean =>
+  left.group.arrival < right.group.arrival || (left.group === right.group && left.choice < right.choice)
 
 export interface SequenceQueueOptions {
   readonly blocks: BlockManager
@@ -15,7 +19,7 @@ export interface SequenceQueueOptions {
 }
 
 export class SequenceQueue {
-  /** In order of arrival. */
+  /** Both in order of arrival. */
   running: Array<Sequence> = []
   waiting: Array<Sequence> = []
   preemptions = 0
@@ -25,13 +29,20 @@ export class SequenceQueue {
     this.#options = options
   }
 
+  /** Takes up the sequences of a new group, behind all others. */
+  enqueue(sequences: ReadonlyArray<Sequence>): void {
+    this.waiting.push(...sequences)
+  }
+
   /** Gives waiting sequences their blocks, in order, as long as there are some. Returns those that may run now. */
   admit(): Array<Sequence> {
     const admitted: Array<Sequence> = []
-    for (let sequence = this.waiting[0]; sequence !== undefined; sequence = this.waiting[0]) {
-      const slots = this.running.reduce((sum, { group }) => sum + 1 + group.unforked, 0)
-      if (slots + 1 + sequence.group.unforked > this.#options.maxBatch || !this.#takeBlocks(sequence)) break
-      this.waiting.shift()
+    let slots = this.running.reduce((sum, { group }) => sum + 1 + group.unforked, 0)
+    for (const sequence of [...this.waiting]) {
+      if (sequence.group.paused) continue // with its blocks, others get on meanwhile
+      slots += 1 + sequence.group.unforked
+      if (slots > this.#options.maxBatch || !this.#takeBlocks(sequence)) break
+      this.waiting.splice(this.waiting.indexOf(sequence), 1)
       this.add(sequence)
       admitted.push(sequence)
     }
@@ -41,8 +52,7 @@ export class SequenceQueue {
   /** A sequence that has its blocks: admitted, or forked from one that runs. */
   add(sequence: Sequence): void {
     sequence.running = true
-    const older = this.running.findLastIndex(({ group, choice }) => group.arrival < sequence.group.arrival || (group === sequence.group && choice < sequence.choice))
-    this.running.splice(older + 1, 0, sequence)
+    this.running.splice(this.running.findLastIndex((other) => isOlder(other, sequence)) + 1, 0, sequence)
   }
 
   /** Another choice of a running sequence's request, on the same blocks. */
@@ -74,9 +84,10 @@ export class SequenceQueue {
       const last = Math.floor((sequence.computed + tokens - 1) / blockTokens)
       for (let place = Math.floor(sequence.computed / blockTokens); place <= last && sequence.running; place++) {
         const held = sequence.table[place]
-        if (held !== undefined && blocks.references(held) === 1) continue
-        const block = this.#allocateFor(sequence)
-        if (block === undefined) break
+        const isOwn = () => held !== undefined && blocks.references(held) === 1
+        if (isOwn()) continue
+        const block = this.#allocateFor(sequence, isOwn)
+        if (block === undefined) continue
         if (held === undefined) {
           sequence.table.push(block)
         } else {
@@ -110,19 +121,25 @@ export class SequenceQueue {
     return true
   }
 
-  /** A block; where there is none, younger sequences give way, or at last the sequence itself (then undefined). */
-  #allocateFor(sequence: Sequence): number | undefined {
-    for (;;) {
+  /**
+   * A block; where there is none, others give way, or at last the sequence itself. Undefined then, and where a shared
+   * block has become its own, since the others have gone.
+   */
+  #allocateFor(sequence: Sequence, isOwn: () => boolean): number | undefined {
+    while (sequence.running && !isOwn()) {
       const block = this.#options.blocks.allocate()
       if (block !== undefined) return block
       // Reservations that have not begun are left alone: KV may be arriving for them.
-      const victim = this.running.findLast(({ group }) => group.prefill !== undefined) ?? sequence
-      this.preemptions++
-      this.#releaseBlocks(victim)
-      this.running = this.running.filter((other) => other !== victim)
-      this.waiting.unshift(victim)
-      if (victim === sequence) return undefined
+      this.#preempt(this.running.findLast(({ group }) => group.paused) ?? this.running.findLast(({ group }) => group.prefill !== undefined) ?? sequence)
     }
+    return undefined
+  }
+
+  #preempt(victim: Sequence): void {
+    this.preemptions++
+    this.#releaseBlocks(victim)
+    this.running = this.running.filter((other) => other !== victim)
+    this.waiting.splice(this.waiting.findLastIndex((other) => isOlder(other, victim)) + 1, 0, victim)
   }
 
   #releaseBlocks(sequence: Sequence): void {

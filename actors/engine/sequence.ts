@@ -29,13 +29,16 @@ export interface GenerationSpec {
   readonly promptLogprobs: boolean
 }
 
-/** Who hears of a generation's place and of the tokens after the first. Calls come between steps and must not throw. */
+/**
+ * Who hears of a generation's place and of the tokens after the first. Calls come between steps and must not throw; the
+ * last one is `ended` or `failed`.
+ */
 export interface DecodeSink {
   reserved(prefixTokens: number): void
   token(event: TokenEvent): void
   ended(): void
   failed(fault: Fault): void
-  /** False while the reader is behind: the sequences pause, and keep their blocks. */
+  /** False while the reader is behind: the sequences pause, and keep their blocks while nobody else needs them. */
   writable(): boolean
 }
 
@@ -71,6 +74,11 @@ export class Group {
     this.sequences = spec.delivered.some((tokens) => tokens.length > 0)
       ? spec.delivered.flatMap((tokens, choice) => (spec.finished.includes(choice) ? [] : [new Sequence(this, choice, tokens)]))
       : [new Sequence(this, 0, new Int32Array(0))] // the other choices fork from it once the prompt is computed
+  }
+
+  /** Its reader is behind: none of its choices draws until it has caught up. */
+  get paused(): boolean {
+    return this.prefillDone && !this.sink.writable()
   }
 
   /** Choices that have no sequence of their own yet. */

@@ -3,7 +3,7 @@
  */
 import { Schema } from "effect"
 import { limits } from "../../config/limits.ts"
-import { defineStream, defineTell, pack, unpack } from "../runtime/codec.ts"
+import { defineStream, defineTell, pack, readFrame, unpack } from "../runtime/codec.ts"
 import { Fault } from "../runtime/fault.ts"
 import { Sampling } from "./sampling.ts"
 
@@ -131,8 +131,9 @@ export const decodeToken = (bytes: Uint8Array): TokenEvent => {
   }
 }
 
+/** Throws a Fault on a frame of another layout. */
 export const decodeDecodeFrame = (bytes: Uint8Array): DecodeFrame => {
   if (bytes[0] === kind.token) return { type: "token", event: decodeToken(bytes) }
   if (bytes[0] !== kind.reserved) throw malformed(`kind ${bytes[0]}`)
-  return { type: "reserved", transfer: decodeTransfer(unpack(bytes.subarray(1))) }
+  return readFrame("decode frame", () => ({ type: "reserved", transfer: decodeTransfer(unpack(bytes.subarray(1))) }))
 }

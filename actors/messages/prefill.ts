@@ -2,8 +2,7 @@
  * What a prefill actor is asked: to compute a prompt into the transfer that decode has opened.
  */
 import { Schema } from "effect"
-import { defineAsk, defineStream, pack, unpack } from "../runtime/codec.ts"
-import { Fault } from "../runtime/fault.ts"
+import { defineAsk, defineStream, pack, readFrame, unpack } from "../runtime/codec.ts"
 import { decodeToken, encodeToken, SequenceMessage, Transfer, type TokenEvent } from "./decode.ts"
 
 export const PrefillMessage = Schema.Struct({ sequence: SequenceMessage, transfer: Transfer })
@@ -65,26 +64,27 @@ export const encodePrefillFrame = (frame: PrefillFrame): Uint8Array => {
   }
 }
 
-/** Throws on a frame of another layout. */
-export const decodePrefillFrame = (bytes: Uint8Array): PrefillFrame => {
+const floats = (bytes: Uint8Array): Float32Array => new Float32Array(new Uint8Array(bytes).buffer)
+const ids = (bytes: Uint8Array): Int32Array => new Int32Array(new Uint8Array(bytes).buffer)
+
+/** Throws a Fault on a frame of another layout. */
+export const decodePrefillFrame = (bytes: Uint8Array): PrefillFrame => readFrame("prefill frame", () => readPrefillFrame(bytes))
+
+const readPrefillFrame = (bytes: Uint8Array): PrefillFrame => {
   switch (bytes[0]) {
     case kind.token:
       return { type: "token", event: decodeToken(bytes) }
     case kind.scores: {
-      const { position, width, logprobs, topTokens, topLogprobs } = decodeScores(unpack(bytes.subarray(1)))
-      const scores = {
-        position,
-        width,
-        logprobs: new Float32Array(logprobs.slice().buffer),
-        topTokens: new Int32Array(topTokens.slice().buffer),
-        topLogprobs: new Float32Array(topLogprobs.slice().buffer),
-      }
+      const { position, width, ...packed } = decodeScores(unpack(bytes.subarray(1)))
+      const scores = { position, width, logprobs: floats(packed.logprobs), topTokens: ids(packed.topTokens), topLogprobs: floats(packed.topLogprobs) }
+      const tops = scores.logprobs.length * width
+      if (scores.topTokens.length !== tops || scores.topLogprobs.length !== tops) throw new Error(`expected ${tops} top tokens, found ${scores.topTokens.length} with ${scores.topLogprobs.length} log probabilities`)
       return { type: "scores", scores }
     }
     case kind.done:
       return { type: "done", ...decodeDone(unpack(bytes.subarray(1))) }
     default:
-      throw new Fault({ code: "internal", message: `prefill frame: kind ${bytes[0]}`, hop: "prefill frame" })
+      throw new Error(`kind ${bytes[0]}`)
   }
 }
 

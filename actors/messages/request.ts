@@ -3,7 +3,7 @@
  */
 import { Schema } from "effect"
 import { limits } from "../../config/limits.ts"
-import { defineAsk, defineStream, pack, unpack } from "../runtime/codec.ts"
+import { defineAsk, defineStream, pack, readFrame, unpack } from "../runtime/codec.ts"
 import { Sampling } from "./sampling.ts"
 
 const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
@@ -100,4 +100,10 @@ export type GenerateEvent =
 
 // Deltas are sent once a token: no Schema, and test/actors/messages.test.ts checks them against one.
 export const encodeGenerateEvent = (event: GenerateEvent): Uint8Array => pack(event)
-export const decodeGenerateEvent = (bytes: Uint8Array): GenerateEvent => unpack(bytes) as GenerateEvent
+/** Throws a Fault on bytes that are no event. */
+export const decodeGenerateEvent = (bytes: Uint8Array): GenerateEvent =>
+  readFrame("generate event", () => {
+    const event = unpack(bytes) as GenerateEvent | null
+    if (typeof event?.type !== "string") throw new Error("it has no type")
+    return event
+  })

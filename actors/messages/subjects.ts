@@ -8,3 +8,6 @@ export type ActorKind = (typeof actorKinds)[number]
 export const anyId = "any"
 
 export const subject = (cluster: string, kind: ActorKind, id: string, verb: string): string => `ps.${cluster}.${kind}.${id}.${verb}`
+
+/** A transfer's own subjects: its chunks and its sender's progress go to the receiver, the receiver's status to the sender. */
+export const transferSubject = (cluster: string, transferId: string, verb: "chunk" | "progress" | "status"): string => `ps.${cluster}.kv.${transferId}.${verb}`

@@ -11,5 +11,5 @@ export const packTokens = (tokens: Int32Array | ReadonlyArray<number>): Uint8Arr
 /** A copy, aligned. Throws a Fault where the length is not a multiple of 4. */
 export const unpackTokens = (bytes: Uint8Array, field: string): Int32Array => {
   if (bytes.byteLength % 4 !== 0) throw new Fault({ code: "invalid_request", message: `${field}: ${bytes.byteLength} bytes are no token ids`, hop: field })
-  return new Int32Array(bytes.slice().buffer)
+  return new Int32Array(new Uint8Array(bytes).buffer) // slice would not copy a Buffer
 }

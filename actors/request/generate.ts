@@ -33,6 +33,7 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
     const { outputs } = request
     const finished = () => outputs.every(({ finish }) => finish !== undefined)
     let exclude: ReadonlyArray<string> = []
+    let placements = 0
     let cachedTokens: number | undefined
     let failingSinceMs: number | undefined
 
@@ -64,6 +65,7 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
           { ...key, tokens: request.prompt.length + delivered, hashes: packHashes(request.hashes), choices: message.choices, maxTokens: request.maxTokens, exclude },
           { hop: "scheduler", deadlineMs: limits.placementDeadlineMs },
         )
+        placements++
         yield* Effect.gen(function* () {
           const decode = yield* opened(link.open(Reserve, subject(cluster, "decode", placement.decode, Reserve.verb), sequence, { hop: `decode ${placement.decode}` }))
           const transfer = yield* plain(() => reserved(decode))
@@ -112,6 +114,7 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
 
     /** Once a token: plain code, paused while the client is behind, which in turn pauses decode. */
     const relayTokens = async (stream: StreamReader, transfer: Transfer): Promise<void> => {
+      if (finished()) return
       for await (const bytes of stream) {
         const frame = decodeDecodeFrame(bytes)
         if (frame.type === "token") push(frame.event, transfer)
@@ -123,15 +126,16 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
     }
 
     for (let tries = 0; !finished(); tries++) {
-      const key = { requestId: message.requestId, attempt: message.attempt * limits.placementAttempts + tries }
+      const key = { requestId: message.requestId, attempt: message.attempt * limits.placementAttempts + placements }
       const outcome = yield* Effect.exit(attempt(key))
       if (Exit.isSuccess(outcome)) break
       const fault = yield* Effect.flip(Effect.failCause(outcome.cause))
       const nowMs = performance.now()
       failingSinceMs ??= nowMs
-      const last = tries + 1 >= limits.placementAttempts || nowMs - failingSinceMs > limits.recoveryDeadlineMs
+      // Where nobody serves now, a worker may be on its way back: that costs time, but none of the placements.
+      const last = placements >= limits.placementAttempts || nowMs - failingSinceMs > limits.recoveryDeadlineMs
       if (last || !fault.retryable || fault.code === "overloaded") return yield* Effect.fail(fault)
-      yield* Effect.sleep(Math.min(limits.restartDelayMs * 2 ** tries, limits.restartDelayMaxMs))
+      yield* Effect.sleep(Math.min(limits.restartDelayMs * 2 ** tries, limits.heartbeatIntervalMs))
     }
     if (cachedTokens === undefined) announce(0)
     // A choice of no tokens has no delta of its own to finish it.

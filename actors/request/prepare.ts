@@ -53,6 +53,8 @@ export const prepare = (model: ServedModel, message: GenerateMessage): Prepared 
   if (prompt.length === 0) throw new Fault({ code: "invalid_request", message: `${param}: there are no tokens in it`, hop, param })
   const outside = prompt.find((token) => token < 0 || token >= tokenizer.vocabulary)
   if (outside !== undefined) throw new Fault({ code: "invalid_request", message: `${param}: token ${outside} is not in 0 … ${tokenizer.vocabulary - 1}`, hop, param })
+  const biased = message.sampling.logitBias.find(([token]) => token >= tokenizer.vocabulary)
+  if (biased !== undefined) throw new Fault({ code: "invalid_request", message: `logit_bias: token ${biased[0]} is not in 0 … ${tokenizer.vocabulary - 1}`, hop, param: "logit_bias" })
   const room = contextTokens - prompt.length
   const wanted = message.maxTokens ?? room
   if (room < Math.min(1, wanted)) {
@@ -60,7 +62,8 @@ export const prepare = (model: ServedModel, message: GenerateMessage): Prepared 
   }
   const maxTokens = Math.min(wanted, room)
   const ends = [...tokenizer.endOfGeneration]
-  const stopTokens = [...message.stopTokenIds, ...(message.ignoreEos ? [] : ends)]
+  const asked = message.stopTokenIds.filter((token) => token < tokenizer.vocabulary) // the others are never drawn
+  const stopTokens = [...asked, ...(message.ignoreEos ? [] : ends)]
   const outputs = Array.from({ length: message.choices }, (_, choice) => {
     const output = new ChoiceOutput({ tokenizer, choice, stop: message.stop, stopTokens: new Set(stopTokens), maxTokens, logprobs: message.logprobs !== undefined })
     output.replay(unpackTokens(message.delivered[choice] ?? new Uint8Array(0), "delivered"))
@@ -86,7 +89,7 @@ export const prepare = (model: ServedModel, message: GenerateMessage): Prepared 
       sampling: message.sampling,
       maxTokens,
       stopTokens,
-      suppressedTokens: [...new Set([...message.stopTokenIds, ...ends])],
+      suppressedTokens: [...new Set([...asked, ...ends])],
       logprobs: message.logprobs ?? -1,
       promptLogprobs: message.promptLogprobs,
     }),

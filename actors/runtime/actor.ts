@@ -40,7 +40,9 @@ export const onAsk = <A, R>(
     Effect.flatMap(decoded(type, delivery), handle).pipe(
       withinBudget(delivery, link, type),
       Effect.flatMap((answer) => Effect.try({ try: () => delivery.reply !== undefined && link.reply(type, delivery.reply, answer), catch: (error) => Fault.from(error, link.sender) })),
-      Effect.catchCause((cause) => Effect.sync(() => refuse(link, delivery, faultOf(cause, link, type)))),
+      // Also when the actor leaves, which interrupts the handler: whoever asked is told.
+      Effect.onExit((exit) => Effect.sync(() => Exit.isFailure(exit) && refuse(link, delivery, faultOf(exit.cause, link, type)))),
+      Effect.catchCause(() => Effect.void),
     ),
 })
 

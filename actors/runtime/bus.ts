@@ -35,10 +35,19 @@ export interface Bus {
   subscribe(subject: string, handler: (delivery: Delivery) => void, options?: { readonly queue?: string }): Subscription
   /** A fresh subject that only this process receives on. */
   inbox(): string
-  /** Calls back when the connection was lost: open streams fail, since what was on its way may be lost. */
+  /** Calls back when the connection was lost or closed: open streams fail, since what was on its way may be lost. */
   onDisconnect(handler: () => void): Subscription
   /** Delivers what is on its way, then refuses everything. */
   close(): Promise<void>
+}
+
+/**
+ * The connections of a process. What is small and urgent (requests, tokens, credits, cancels) must not wait behind
+ * megabytes of KV, so bulk has a connection of its own. In memory both are the same object.
+ */
+export interface Buses {
+  readonly control: Bus
+  readonly bulk: Bus
 }
 
 /** Header names of the envelope. */

@@ -29,6 +29,15 @@ export const decodeFault = (bytes: Uint8Array, hop: string): Fault => {
   return new Fault({ code: "internal", message: `${hop}: failed with an error that cannot be read`, hop })
 }
 
+/** Runs a decoder of frames; whatever it throws is a Fault `internal` that names what was read. */
+export const readFrame = <A>(what: string, read: () => A): A => {
+  try {
+    return read()
+  } catch (error) {
+    throw new Fault({ code: "internal", message: `${what}: ${error instanceof Error ? error.message : String(error)}`, hop: what })
+  }
+}
+
 /** How a message is answered: not at all, once, or by a stream. */
 export type MessageMode = "tell" | "ask" | "stream"
 

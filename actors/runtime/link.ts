@@ -4,7 +4,7 @@
  */
 import { Effect, Option } from "effect"
 import { limits } from "../../config/limits.ts"
-import { header, protocolVersion, type Bus, type Headers } from "./bus.ts"
+import { header, protocolVersion, type Bus, type Delivery, type Headers, type Subscription } from "./bus.ts"
 import { decodeFault, type MessageType } from "./codec.ts"
 import { Fault } from "./fault.ts"
 import { openStream, type StreamReader } from "./stream.ts"
@@ -41,17 +41,14 @@ export class Link {
     const budgetMs = options.deadlineMs ?? limits.askDeadlineMs
     return Effect.flatMap(this.#headers(budgetMs), (headers) =>
       Effect.callback<R, Fault>((resume) => {
-        const inbox = this.bus.inbox()
+        const subscriptions: Array<Subscription> = []
         const lost = (code: "disconnected" | "unavailable" | "deadline_exceeded", why: string) =>
           settle(Effect.fail(new Fault({ code, message: `${options.hop}: ${type.verb}: ${why}`, hop: options.hop })))
-        const subscriptions = [
-          this.bus.subscribe(inbox, ({ data, headers }) => {
-            if (headers[header.noResponders] !== undefined) return lost("unavailable", "nobody serves it")
-            if (headers[header.fault] !== undefined) return settle(Effect.fail(decodeFault(data, options.hop)))
-            settle(Effect.try({ try: () => type.decodeReply(data), catch: (error) => Fault.from(error, options.hop) }))
-          }),
-          this.bus.onDisconnect(() => lost("disconnected", "the connection was lost")),
-        ]
+        const receive = ({ data, headers }: Delivery) => {
+          if (headers[header.noResponders] !== undefined) return lost("unavailable", "nobody serves it")
+          if (headers[header.fault] !== undefined) return settle(Effect.fail(decodeFault(data, options.hop)))
+          settle(Effect.try({ try: () => type.decodeReply(data), catch: (error) => Fault.from(error, options.hop) }))
+        }
         const timer = setTimeout(() => lost("deadline_exceeded", `no answer within ${budgetMs} ms`), budgetMs)
         const release = () => {
           clearTimeout(timer)
@@ -62,6 +59,8 @@ export class Link {
           resume(outcome)
         }
         try {
+          const inbox = this.bus.inbox()
+          subscriptions.push(this.bus.onDisconnect(() => lost("disconnected", "the connection was lost")), this.bus.subscribe(inbox, receive))
           this.bus.publish(to, type.encode(message), { reply: inbox, headers })
         } catch (error) {
           settle(Effect.fail(Fault.from(error, this.sender)))

@@ -70,6 +70,7 @@ export class MemoryBus implements Bus {
     while (this.#draining !== undefined) await this.#draining
     this.#closed = true
     this.#subscribers.clear()
+    for (const handler of [...this.#disconnectHandlers]) handler()
   }
 
   #drain(): void {
@@ -85,6 +86,7 @@ export class MemoryBus implements Bus {
     }
     const groups = new Map<string, Array<Subscriber>>()
     for (const subscriber of [...subscribers]) {
+      if (!subscribers.has(subscriber)) continue // an earlier one's handler has taken it away
       if (subscriber.queue === undefined) call(subscriber, delivery)
       else groups.set(subscriber.queue, [...(groups.get(subscriber.queue) ?? []), subscriber])
     }

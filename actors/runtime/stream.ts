@@ -2,7 +2,10 @@
  * Streams over any bus: the reader opens one by a message, the writer answers with numbered frames under the reader's
  * credits. Both sides send signs of life, so that neither waits for a dead peer; a lost frame shows as a gap.
  *
- * Frame: u8 kind, 3 zero bytes, u32 sequence number little-endian, payload.
+ * Frame: u8 kind, 3 zero bytes, u32 number little-endian, payload. The number counts data frames from the beginning: of
+ * data, end and the writer's sign of life, those before it; of credit and the reader's sign of life, all that the writer
+ * may have sent then. So a credit that was lost or came twice does no harm, and a frame that was lost shows at the latest
+ * with the next sign of life.
  */
 import { limits } from "../../config/limits.ts"
 import { header, type Bus, type Delivery, type Headers, type Subscription } from "./bus.ts"
@@ -14,15 +17,15 @@ const prefixBytes = 8
 const text = { encoder: new TextEncoder(), decoder: new TextDecoder() }
 const noBytes = new Uint8Array(0)
 
-const frame = (frameKind: number, sequence: number, payload: Uint8Array): Uint8Array => {
+const frame = (frameKind: number, number: number, payload: Uint8Array): Uint8Array => {
   const bytes = new Uint8Array(prefixBytes + payload.byteLength)
   bytes[0] = frameKind
-  new DataView(bytes.buffer).setUint32(4, sequence, true)
+  new DataView(bytes.buffer).setUint32(4, number, true)
   bytes.set(payload, prefixBytes)
   return bytes
 }
 
-const sequenceOf = (bytes: Uint8Array): number => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength).getUint32(4, true)
+const numberOf = (bytes: Uint8Array): number => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength).getUint32(4, true)
 
 export interface OpenStreamOptions {
   readonly headers?: Headers
@@ -51,6 +54,7 @@ export class StreamReader implements AsyncIterable<Uint8Array> {
   #outcome: { readonly fault: Fault | undefined } | undefined
   #expected = 0
   #consumed = 0
+  #granted: number
   #heardAtMs = performance.now()
   #deadlineMs: number
   #cancelReason: string | undefined
@@ -59,16 +63,15 @@ export class StreamReader implements AsyncIterable<Uint8Array> {
     this.#bus = bus
     this.#hop = options.hop
     this.#window = options.windowFrames ?? limits.streamWindowFrames
+    this.#granted = this.#window
     this.#silenceMs = options.silenceMs ?? limits.streamSilenceMs
     this.#deadlineMs = options.openDeadlineMs ?? limits.streamOpenDeadlineMs
-    const inbox = bus.inbox()
-    this.#subscriptions.push(
-      bus.subscribe(inbox, (delivery) => this.#receive(delivery)),
-      bus.onDisconnect(() => this.#settle(this.#fault("disconnected", "the connection was lost"))),
-    )
-    this.#timer = setInterval(() => this.#watch(), Math.min(limits.streamKeepAliveMs, Math.ceil(this.#deadlineMs / 2)))
+    this.#timer = setInterval(() => this.#watch(), Math.min(limits.streamKeepAliveMs, Math.ceil(this.#deadlineMs / 2), Math.ceil(this.#silenceMs / 2)))
     this.#timer.unref()
     try {
+      const inbox = bus.inbox()
+      this.#subscriptions.push(bus.onDisconnect(() => this.#settle(this.#fault("disconnected", "the connection was lost"))))
+      this.#subscriptions.push(bus.subscribe(inbox, (delivery) => this.#receive(delivery)))
       bus.publish(subject, data, { reply: inbox, headers: { ...options.headers, [header.streamWindow]: String(this.#window) } })
     } catch (error) {
       this.#settle(Fault.from(error, this.#hop))
@@ -111,6 +114,7 @@ export class StreamReader implements AsyncIterable<Uint8Array> {
     this.#heardAtMs = performance.now()
     if (delivery.headers[header.noResponders] !== undefined) return this.#settle(this.#fault("unavailable", "nobody serves it"))
     if (delivery.headers[header.fault] !== undefined) return this.#settle(decodeFault(delivery.data, this.#hop))
+    if (delivery.data.byteLength < prefixBytes) return this.#break("a frame without a head came")
     const payload = delivery.data.subarray(prefixBytes)
     switch (delivery.data[0]) {
       case kind.open:
@@ -123,18 +127,16 @@ export class StreamReader implements AsyncIterable<Uint8Array> {
         }
         return
       case kind.alive:
+        if (this.#outcome === undefined && numberOf(delivery.data) !== this.#expected) this.#break(`frame ${this.#expected} was lost`)
         return
       case kind.fail:
         return this.#settle(decodeFault(payload, this.#hop))
       case kind.data:
       case kind.end:
         if (this.#outcome !== undefined) return
-        if (sequenceOf(delivery.data) !== this.#expected) {
-          this.#tell(kind.cancel, text.encoder.encode("frames were lost"))
-          return this.#settle(this.#fault("disconnected", `frame ${this.#expected} was lost`))
-        }
-        this.#expected++
+        if (numberOf(delivery.data) !== this.#expected) return this.#break(`frame ${this.#expected} was lost`)
         if (delivery.data[0] === kind.end) return this.#settle(undefined)
+        this.#expected++
         if (this.#waiting === undefined) {
           this.#frames.push(payload)
         } else {
@@ -146,15 +148,22 @@ export class StreamReader implements AsyncIterable<Uint8Array> {
     }
   }
 
+  /** Credit is given back a half window at a time. */
   #consume(): void {
-    const half = Math.max(1, this.#window >> 1)
-    if (++this.#consumed % half === 0) this.#tell(kind.credit, noBytes, half)
+    if (++this.#consumed % Math.max(1, this.#window >> 1) !== 0) return
+    this.#granted = this.#consumed + this.#window
+    if (this.#outcome === undefined) this.#tell(kind.credit, noBytes)
   }
 
-  #tell(frameKind: number, payload: Uint8Array, count = 0): void {
+  #break(why: string): void {
+    this.#tell(kind.cancel, text.encoder.encode(why))
+    this.#settle(this.#fault("disconnected", why))
+  }
+
+  #tell(frameKind: number, payload: Uint8Array): void {
     if (this.#control === undefined) return
     try {
-      this.#bus.publish(this.#control, frame(frameKind, count, payload))
+      this.#bus.publish(this.#control, frame(frameKind, this.#granted, payload))
     } catch {
       // The bus is closed: the writer's own watch ends it.
     }
@@ -171,7 +180,7 @@ export class StreamReader implements AsyncIterable<Uint8Array> {
   }
 
   #settle(fault: Fault | undefined, keepListening = false): void {
-    if (this.#outcome !== undefined) return
+    if (this.#outcome !== undefined) return this.#release() // the writer's answer to what was cancelled before it
     this.#outcome = { fault }
     if (!keepListening) this.#release()
     const waiting = this.#waiting
@@ -195,11 +204,12 @@ export class StreamWriter {
   readonly #backlog: Array<Uint8Array> = []
   readonly #timer: NodeJS.Timeout
   readonly #closeHandlers: Array<(fault: Fault | undefined) => void> = []
-  #credits: number
-  #sequence = 0
+  /** Data frames that may have been sent, and that have been. */
+  #allowed: number
+  #sent = 0
   #heardAtMs = performance.now()
   #ending = false
-  #closed = false
+  #outcome: { readonly fault: Fault | undefined } | undefined
   #onWritable: (() => void) | undefined
   #waiters: Array<() => void> = []
 
@@ -210,7 +220,7 @@ export class StreamWriter {
     this.#reply = delivery.reply
     this.#hop = hop
     const window = Number(delivery.headers[header.streamWindow])
-    this.#credits = Number.isInteger(window) && window > 0 ? Math.min(window, limits.streamBacklogFrames) : 1
+    this.#allowed = Number.isInteger(window) && window > 0 ? Math.min(window, limits.streamBacklogFrames) : 1
     const control = bus.inbox()
     this.#subscriptions.push(
       bus.subscribe(control, (message) => this.#receive(message)),
@@ -218,16 +228,16 @@ export class StreamWriter {
     )
     this.#timer = setInterval(() => this.#watch(), limits.streamKeepAliveMs)
     this.#timer.unref()
-    this.#send(kind.open, 0, text.encoder.encode(control))
+    this.#send(kind.open, text.encoder.encode(control))
   }
 
   get closed(): boolean {
-    return this.#closed
+    return this.#outcome !== undefined
   }
 
   /** Whether the reader has granted credit: a producer pauses while it has not. */
   get writable(): boolean {
-    return !this.#closed && this.#credits > 0
+    return !this.closed && this.#sent < this.#allowed
   }
 
   /** Called each time the reader grants credit after there was none. */
@@ -237,19 +247,20 @@ export class StreamWriter {
 
   /** Resolves when there is credit, or the stream is over; the writer's watch bounds the wait. */
   untilWritable(): Promise<void> {
-    if (this.writable || this.#closed) return Promise.resolve()
+    if (this.writable || this.closed) return Promise.resolve()
     return new Promise((resolve) => this.#waiters.push(resolve))
   }
 
-  /** Called once when the stream is over: undefined after `end`, else why (`cancelled` by the reader, or a failure). */
+  /** Called once when the stream is over, or is already: undefined after `end`, else why (`cancelled` by the reader, or a failure). */
   onClose(handler: (fault: Fault | undefined) => void): void {
-    this.#closeHandlers.push(handler)
+    if (this.#outcome === undefined) this.#closeHandlers.push(handler)
+    else handler(this.#outcome.fault)
   }
 
   /** Sends a frame, or keeps it until there is credit. Dropped silently once the stream is over. */
   write(payload: Uint8Array): void {
-    if (this.#closed || this.#ending) return
-    if (this.#credits > 0 && this.#backlog.length === 0) return this.#sendData(payload)
+    if (this.closed || this.#ending) return
+    if (this.writable && this.#backlog.length === 0) return this.#sendData(payload)
     this.#backlog.push(payload)
     if (this.#backlog.length > limits.streamBacklogFrames) {
       this.fail(new Fault({ code: "overloaded", message: `${this.#hop}: the reader takes nothing`, hop: this.#hop }))
@@ -258,15 +269,15 @@ export class StreamWriter {
 
   /** Ends the stream after what was written. */
   end(): void {
-    if (this.#closed) return
+    if (this.closed) return
     this.#ending = true
     this.#flush()
   }
 
   /** Ends the stream now, with a fault that the reader's `next` rejects with. */
   fail(fault: Fault): void {
-    if (this.#closed) return
-    this.#send(kind.fail, 0, encodeFault(fault))
+    if (this.closed) return
+    this.#send(kind.fail, encodeFault(fault))
     this.#close(fault)
   }
 
@@ -276,11 +287,11 @@ export class StreamWriter {
     if (message.data[0] === kind.cancel) {
       const reason = text.decoder.decode(message.data.subarray(prefixBytes))
       this.#close(new Fault({ code: "cancelled", message: `${this.#hop}: cancelled: ${reason}`, hop: this.#hop }))
-    } else if (message.data[0] === kind.credit) {
-      const had = this.#credits > 0
-      this.#credits = Math.min(this.#credits + sequenceOf(message.data), limits.streamBacklogFrames)
+    } else if (message.data[0] === kind.credit || message.data[0] === kind.alive) {
+      const had = this.writable
+      this.#allowed = Math.max(this.#allowed, Math.min(numberOf(message.data), this.#sent + limits.streamBacklogFrames))
       this.#flush()
-      if (!had && this.#credits > 0) {
+      if (!had && this.writable) {
         this.#onWritable?.()
         this.#releaseWaiters()
       }
@@ -288,23 +299,26 @@ export class StreamWriter {
   }
 
   #flush(): void {
-    while (this.#credits > 0 && this.#backlog.length > 0) this.#sendData(this.#backlog.shift()!)
-    if (this.#ending && this.#backlog.length === 0 && !this.#closed) {
-      this.#send(kind.end, this.#sequence, noBytes)
+    while (this.writable && this.#backlog.length > 0) this.#sendData(this.#backlog.shift()!)
+    if (this.#ending && this.#backlog.length === 0 && !this.closed) {
+      this.#send(kind.end, noBytes)
       this.#close(undefined)
     }
   }
 
   #sendData(payload: Uint8Array): void {
-    this.#credits--
-    this.#send(kind.data, this.#sequence++, payload)
+    this.#send(kind.data, payload)
+    this.#sent++
   }
 
-  #send(frameKind: number, sequence: number, payload: Uint8Array): void {
+  #send(frameKind: number, payload: Uint8Array): void {
     try {
-      this.#bus.publish(this.#reply, frame(frameKind, sequence, payload))
+      this.#bus.publish(this.#reply, frame(frameKind, this.#sent, payload))
     } catch (error) {
-      this.#close(Fault.from(error, this.#hop))
+      const fault = Fault.from(error, this.#hop)
+      // A frame that is too large can be told of; on a closed bus, nothing can.
+      if (frameKind === kind.data) this.fail(fault)
+      else this.#close(fault)
     }
   }
 
@@ -312,12 +326,12 @@ export class StreamWriter {
     if (performance.now() - this.#heardAtMs > limits.streamSilenceMs) {
       return this.#close(new Fault({ code: "disconnected", message: `${this.#hop}: no sign of life from the reader`, hop: this.#hop }))
     }
-    this.#send(kind.alive, 0, noBytes)
+    this.#send(kind.alive, noBytes)
   }
 
   #close(fault: Fault | undefined): void {
-    if (this.#closed) return
-    this.#closed = true
+    if (this.closed) return
+    this.#outcome = { fault }
     clearInterval(this.#timer)
     this.#backlog.length = 0
     for (const subscription of this.#subscriptions) subscription.unsubscribe()

@@ -21,8 +21,9 @@ export const supervise = <E>(name: string, body: Supervised<E>): Effect.Effect<v
       return Effect.asVoid(Deferred.succeed(started, undefined))
     })
     const incarnation = Effect.gen(function* () {
+      // The closing of the Scope does not come past here; an interruption that does is the body's own, and a failure.
       const exit = yield* Effect.exit(Effect.scoped(body(ready)))
-      if (Exit.isSuccess(exit) || Cause.hasInterruptsOnly(exit.cause)) return yield* Effect.interrupt
+      if (Exit.isSuccess(exit)) return exit.value
       if (yield* Deferred.failCause(started, exit.cause)) return yield* Effect.interrupt
       console.error(`${name} failed and is restarted in ${delayMs} ms: ${Cause.pretty(exit.cause)}`)
       yield* Effect.sleep(delayMs)

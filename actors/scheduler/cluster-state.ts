@@ -46,6 +46,7 @@ export class ClusterState {
     let view = this.workers.get(message.worker)
     if (view !== undefined && message.epoch < view.epoch) return false // an earlier incarnation's last words
     if (view === undefined || message.epoch > view.epoch) {
+      this.#forget(message.worker) // and what was placed on the earlier incarnation, which is gone
       view = {
         id: message.worker,
         epoch: message.epoch,
@@ -81,9 +82,10 @@ export class ClusterState {
     return false
   }
 
-  kvDump(worker: string, nextEventId: number, hashes: Uint8Array): void {
+  /** `epoch`: of the worker when it was asked; what an earlier incarnation held is gone. */
+  kvDump(worker: string, epoch: number, nextEventId: number, hashes: Uint8Array): void {
     const view = this.workers.get(worker)
-    if (view === undefined) return
+    if (view === undefined || view.epoch !== epoch) return
     view.prefixes.clear()
     for (const hash of unpackHashes(hashes)) view.prefixes.add(hash)
     view.nextEventId = nextEventId

@@ -45,9 +45,11 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       const largest = Math.max(...decode.map(({ load }) => load.maxBatch))
       if (request.choices > largest) return fault("invalid_request", `n: ${request.choices} choices are more than the ${largest} sequences that a worker decodes at once`, "n")
       const roomy = decode.filter((worker) => state.hasSlot(worker, request.choices))
-      if (roomy.length === 0) return undefined
-      const chosen = policies[options.policy](request, state, { prefill, decode: roomy })
-      const computeTokens = request.tokens - chosen.prefixBlocks * chosen.prefill.load.blockTokens
+      // A worker of both roles that has no room to decode takes no prompt either: its KV would have to leave at once.
+      const able = prefill.filter((worker) => roomy.includes(worker) || !worker.roles.includes("decode"))
+      if (roomy.length === 0 || able.length === 0) return undefined
+      const chosen = policies[options.policy](request, state, { prefill: able, decode: roomy })
+      const computeTokens = Math.max(0, request.tokens - chosen.prefixBlocks * chosen.prefill.load.blockTokens)
       const queuedTokens = state.queuedTokens(chosen.prefill.id)
       state.charge({ requestId: request.requestId, attempt: request.attempt, prefill: chosen.prefill.id, decode: chosen.decode.id, choices: request.choices, computeTokens, placedAtMs: nowMs })
       return { prefill: chosen.prefill.id, decode: chosen.decode.id, prefixBlocks: chosen.prefixBlocks, estimates: { queuedTokens, computeTokens }, epoch: link.epoch }
@@ -67,10 +69,13 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
 
     const place = (request: PlaceMessage) =>
       Effect.gen(function* () {
-        if (waiting.length >= options.queue) return yield* Effect.fail(fault("overloaded", `${waiting.length} requests wait for a place already`))
         const entry: Waiting = { request, placed: yield* Deferred.make<Placement, Fault>() }
         waiting = [...waiting, entry]
         yield* drain
+        if (waiting.length > options.queue && waiting.includes(entry)) {
+          waiting = waiting.filter((other) => other !== entry)
+          return yield* Effect.fail(fault("overloaded", `${waiting.length} requests wait for a place already`))
+        }
         return yield* Deferred.await(entry.placed).pipe(Effect.onInterrupt(() => Effect.sync(() => void (waiting = waiting.filter((other) => other !== entry)))))
       }).pipe(Effect.withSpan("scheduler.place"))
 
@@ -83,13 +88,16 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
         yield* drain
       })
 
-    const dump = (worker: string) =>
-      Effect.gen(function* () {
-        if (dumping.has(worker)) return
+    const dump = (worker: string, epoch: number) =>
+      Effect.suspend(() => {
+        if (dumping.has(worker)) return Effect.void
         dumping.add(worker)
-        const { nextEventId, hashes } = yield* link.ask(KvDump, subject(cluster, "prefill", worker, KvDump.verb), {}, { hop: `prefill ${worker}` })
-        state.kvDump(worker, nextEventId, hashes)
-      }).pipe(Effect.ignore, Effect.ensuring(Effect.sync(() => dumping.delete(worker))))
+        return link.ask(KvDump, subject(cluster, "prefill", worker, KvDump.verb), {}, { hop: `prefill ${worker}` }).pipe(
+          Effect.map(({ nextEventId, hashes }) => state.kvDump(worker, epoch, nextEventId, hashes)),
+          Effect.ignore,
+          Effect.ensuring(Effect.sync(() => dumping.delete(worker))),
+        )
+      })
 
     const scope = yield* Effect.scope
     const here = (verb: string) => [{ subject: subject(cluster, "scheduler", anyId, verb) }]
@@ -107,10 +115,10 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       onTell(Heartbeat, here(Heartbeat.verb), (message) =>
         Effect.gen(function* () {
           const stale = state.heartbeat(message, yield* Clock.currentTimeMillis)
-          if (stale) yield* Effect.forkIn(dump(message.worker), scope)
+          if (stale) yield* Effect.forkIn(dump(message.worker, message.epoch), scope)
           yield* drain
         }),
       ),
-      onTell(KvEvents, here(KvEvents.verb), (message) => Effect.suspend(() => (state.kvEvents(message) ? Effect.asVoid(Effect.forkIn(dump(message.worker), scope)) : Effect.void))),
+      onTell(KvEvents, here(KvEvents.verb), (message) => Effect.suspend(() => (state.kvEvents(message) ? Effect.asVoid(Effect.forkIn(dump(message.worker, message.epoch), scope)) : Effect.void))),
     ])
   })

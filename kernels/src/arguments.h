@@ -58,7 +58,8 @@ inline double number_value(const Napi::Value& value, const std::string& place, d
 
 inline double integer_value(const Napi::Value& value, const std::string& place, double least, double most) {
   const double number = number_value(value, place, least, most);
-  if (number != std::floor(number)) throw std::runtime_error(place + ": expected an integer, found " + value.ToString().Utf8Value());
+  if (number != std::floor(number))
+    throw std::runtime_error(place + ": expected an integer, found " + value.ToString().Utf8Value());
   return number;
 }
 

@@ -16,21 +16,27 @@ namespace penstock {
 
 namespace {
 
-[[noreturn]] void refuse(const std::string& place, const std::string& message) { throw std::runtime_error(place + ": " + message); }
+[[noreturn]] void refuse(const std::string& place, const std::string& message) {
+  throw std::runtime_error(place + ": " + message);
+}
 
 std::string at(const char* array, size_t index, const char* field = nullptr) {
   std::string place = std::string("Batch.") + array + "[" + std::to_string(index) + "]";
   return field == nullptr ? place : place + "." + field;
 }
 
-void check_range(const std::string& place, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most) {
-    refuse(place, std::to_string(value) + " is not in " + std::to_string(least) + " … " + std::to_string(most));
-  }
+[[noreturn]] void refuse_range(const std::string& place, int64_t value, int64_t least, int64_t most) {
+  refuse(place, std::to_string(value) + " is not in " + std::to_string(least) + " … " + std::to_string(most));
+}
+
+// The place is put into words only where it is needed.
+void check_range(const char* array, size_t index, const char* field, int64_t value, int64_t least, int64_t most) {
+  if (value < least || value > most) refuse_range(at(array, index, field), value, least, most);
 }
 
 void check_length(const char* array, size_t length, size_t most) {
-  if (length > most) refuse(std::string("Batch.") + array, "expected at most " + std::to_string(most) + ", found " + std::to_string(length));
+  if (length > most)
+    refuse(std::string("Batch.") + array, "expected at most " + std::to_string(most) + ", found " + std::to_string(length));
 }
 
 bool all_finite(const float* values, int count) {
@@ -47,11 +53,12 @@ Engine::Engine(const EngineOptions& options) : options_(options), kernels_(selec
   const ModelShape& shape = model_->shape();
   if (options_.max_context == 0) options_.max_context = shape.context;
   if (options_.max_context > shape.context) {
-    refuse("maxContext", "expected at most the model's " + std::to_string(shape.context) + ", found " + std::to_string(options_.max_context));
+    refuse("maxContext",
+           "expected at most the model's " + std::to_string(shape.context) + ", found " + std::to_string(options_.max_context));
   }
   kv_ = std::make_unique<KvPool>(shape.layers, options_.blocks, shape.kv_heads, options_.block_tokens, shape.head_dim);
-  forward_ = std::make_unique<Forward>(*model_, kernels_, *kv_, pool_, options_.max_rows, std::min(options_.max_rows, options_.max_outputs),
-                                       options_.max_context);
+  forward_ = std::make_unique<Forward>(*model_, kernels_, *kv_, pool_, options_.max_rows,
+                                       std::min(options_.max_rows, options_.max_outputs), options_.max_context);
   sampler_scratch_.resize(options_.threads);
   segments_.reserve(options_.max_rows);
   outputs_.reserve(options_.max_outputs);
@@ -61,7 +68,8 @@ Engine::Engine(const EngineOptions& options) : options_(options), kernels_(selec
 }
 
 int32_t Engine::create_sampler(SamplerOptions options, const std::vector<int32_t>& prompt, const std::vector<int32_t>& output) {
-  auto sampler = std::make_shared<Sampler>(std::move(options), shape().vocabulary, prompt.data(), prompt.size(), output.data(), output.size());
+  auto sampler = std::make_shared<Sampler>(std::move(options), shape().vocabulary, prompt.data(), prompt.size(), output.data(),
+                                           output.size());
   while (samplers_.count(next_sampler_) != 0) next_sampler_ = (next_sampler_ + 1) & 0x7fffffff;
   const int32_t id = next_sampler_;
   samplers_.emplace(id, std::move(sampler));
@@ -73,12 +81,10 @@ void Engine::free_sampler(int32_t id) {
   if (samplers_.erase(id) == 0) refuse("sampler", std::to_string(id) + " is not a live sampler");
 }
 
-void Engine::check_block(const char* name, int64_t block) const { check_range(name, block, 0, options_.blocks - 1); }
-
 void Engine::prepare(Batch batch) {
   check_length("tokens", batch.tokens.size(), options_.max_rows);
   check_length("outputs", batch.outputs.size() / 4, options_.max_outputs);
-  for (size_t i = 0; i < batch.tokens.size(); ++i) check_range(at("tokens", i), batch.tokens[i], 0, shape().vocabulary - 1);
+  for (size_t i = 0; i < batch.tokens.size(); ++i) check_range("tokens", i, nullptr, batch.tokens[i], 0, shape().vocabulary - 1);
   check_segments(batch);
   check_outputs(batch);
   batch_ = std::move(batch);
@@ -87,8 +93,10 @@ void Engine::prepare(Batch batch) {
 }
 
 void Engine::check_segments(const Batch& batch) {
-  if (batch.segments.size() % 4 != 0) refuse("Batch.segments", "expected four numbers a segment, found " + std::to_string(batch.segments.size()));
-  if (batch.outputs.size() % 4 != 0) refuse("Batch.outputs", "expected four numbers an output, found " + std::to_string(batch.outputs.size()));
+  if (batch.segments.size() % 4 != 0)
+    refuse("Batch.segments", "expected four numbers a segment, found " + std::to_string(batch.segments.size()));
+  if (batch.outputs.size() % 4 != 0)
+    refuse("Batch.outputs", "expected four numbers an output, found " + std::to_string(batch.outputs.size()));
   if (batch.tokens.empty()) refuse("Batch.tokens", "expected at least one row, found none");
   segments_.clear();
   if (++step_ == 0) {  // the numbering ran over
@@ -103,22 +111,25 @@ void Engine::check_segments(const Batch& batch) {
     const int64_t position = batch.segments[4 * i + 1];
     const int64_t first_entry = batch.segments[4 * i + 2];
     const int64_t entries = batch.segments[4 * i + 3];
-    check_range(at("segments", i, "rows"), rows, 1, total - rows_so_far);
-    check_range(at("segments", i, "position"), position, 0, options_.max_context - rows);
-    check_range(at("segments", i, "first entry"), first_entry, 0, entries_there);
-    check_range(at("segments", i, "entries"), entries, 0, entries_there - first_entry);
+    check_range("segments", i, "rows", rows, 1, total - rows_so_far);
+    check_range("segments", i, "position", position, 0, options_.max_context - rows);
+    check_range("segments", i, "first entry", first_entry, 0, entries_there);
+    check_range("segments", i, "entries", entries, 0, entries_there - first_entry);
     const int64_t needed = (position + rows + options_.block_tokens - 1) / options_.block_tokens;
     if (entries < needed) {
       refuse(at("segments", i, "entries"), "expected at least " + std::to_string(needed) + " blocks for positions up to " +
                                                std::to_string(position + rows - 1) + ", found " + std::to_string(entries));
     }
-    for (int64_t e = first_entry; e < first_entry + entries; ++e) check_range(at("blockTables", e), batch.block_tables[e], 0, options_.blocks - 1);
-    segments_.push_back({static_cast<int>(rows_so_far), static_cast<int>(rows), static_cast<int>(position), batch.block_tables.data() + first_entry});
+    for (int64_t e = first_entry; e < first_entry + entries; ++e)
+      check_range("blockTables", e, nullptr, batch.block_tables[e], 0, options_.blocks - 1);
+    segments_.push_back({static_cast<int>(rows_so_far), static_cast<int>(rows), static_cast<int>(position),
+                         batch.block_tables.data() + first_entry});
     check_writes(segments_.back(), i);
     rows_so_far += rows;
   }
   if (rows_so_far != total) {
-    refuse("Batch.segments", "expected rows that add up to the " + std::to_string(total) + " tokens, found " + std::to_string(rows_so_far));
+    refuse("Batch.segments",
+           "expected rows that add up to the " + std::to_string(total) + " tokens, found " + std::to_string(rows_so_far));
   }
 }
 
@@ -145,15 +156,16 @@ void Engine::check_outputs(const Batch& batch) {
     const int32_t sampler = batch.outputs[4 * i + 1];
     const int32_t target = batch.outputs[4 * i + 2];
     const int32_t top = batch.outputs[4 * i + 3];
-    check_range(at("outputs", i, "row"), row, 0, static_cast<int64_t>(batch.tokens.size()) - 1);
-    check_range(at("outputs", i, "target"), target, -1, shape().vocabulary - 1);
-    check_range(at("outputs", i, "top"), top, -1, shape().vocabulary);
+    check_range("outputs", i, "row", row, 0, static_cast<int64_t>(batch.tokens.size()) - 1);
+    check_range("outputs", i, "target", target, -1, shape().vocabulary - 1);
+    check_range("outputs", i, "top", top, -1, shape().vocabulary);
     Output output = {0, nullptr, target, top};
     if (sampler != -1) {
       const auto found = samplers_.find(sampler);
       if (found == samplers_.end()) refuse(at("outputs", i, "sampler"), std::to_string(sampler) + " is not a live sampler");
       if (target != -1) refuse(at("outputs", i), "expected a sampler or a target, found both");
-      if (!used.insert(sampler).second) refuse(at("outputs", i, "sampler"), std::to_string(sampler) + " occurs twice in one step");
+      if (!used.insert(sampler).second)
+        refuse(at("outputs", i, "sampler"), std::to_string(sampler) + " occurs twice in one step");
       output.sampler = found->second;
     }
     if (logit_row_of_[row] < 0) {
@@ -198,7 +210,8 @@ StepResult Engine::run() {
   });
   outputs_.clear();
   if (bad_row.load() >= 0) {
-    refuse("Batch.tokens[" + std::to_string(bad_row.load()) + "]", "the logits of this row are not finite: the model or the KV it reads is damaged");
+    refuse("Batch.tokens[" + std::to_string(bad_row.load()) + "]",
+           "the logits of this row are not finite: the model or the KV it reads is damaged");
   }
   if (error) std::rethrow_exception(error);
   result.compute_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - started).count();
@@ -215,7 +228,8 @@ void Engine::finish(const Output& output, int index, SamplerScratch& scratch, St
     const float log_sum = log_sum_exp(logits, vocabulary);
     if (token >= 0) result.logprobs[index] = log_softmax_at(logits, log_sum, token);
     const size_t first = size_t(index) * result.top_width;
-    if (output.top > 0) top_logprobs(logits, vocabulary, log_sum, output.top, &result.top_tokens[first], &result.top_logprobs[first]);
+    if (output.top > 0)
+      top_logprobs(logits, vocabulary, log_sum, output.top, &result.top_tokens[first], &result.top_logprobs[first]);
   }
   if (batch_.want_logits) std::copy(logits, logits + vocabulary, &result.logits[size_t(index) * vocabulary]);
 }

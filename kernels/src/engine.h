@@ -39,8 +39,8 @@ struct Batch {
 };
 
 struct StepResult {
-  std::vector<int32_t> tokens;      // [outputs]
-  std::vector<float> logprobs;      // [outputs]
+  std::vector<int32_t> tokens;  // [outputs]
+  std::vector<float> logprobs;  // [outputs]
   int top_width = 0;
   std::vector<int32_t> top_tokens;  // [outputs, top_width]
   std::vector<float> top_logprobs;  // [outputs, top_width]
@@ -64,7 +64,6 @@ class Engine {
   void free_sampler(int32_t id);  // throws where there is none
   size_t samplers() const { return samplers_.size(); }
 
-  void check_block(const char* name, int64_t block) const;
   void export_block(int block, uint8_t* into) const { kv_->export_block(block, into); }
   void import_block(int block, const uint8_t* from) { kv_->import_block(block, from); }
   void copy_block(int from, int to) { kv_->copy_block(from, to); }
@@ -78,7 +77,7 @@ class Engine {
 
  private:
   struct Output {
-    int logit_row;  // of Forward::logits
+    int logit_row;                     // of Forward::logits
     std::shared_ptr<Sampler> sampler;  // or null; shared, as it may be freed while the step runs
     int32_t target;                    // or -1
     int32_t top;                       // or -1
@@ -103,9 +102,9 @@ class Engine {
   Batch batch_;
   std::vector<Segment> segments_;
   std::vector<Output> outputs_;
-  std::vector<int> logit_rows_;        // rows whose logits are wanted, each once
-  std::vector<int> logit_row_of_;      // [max_rows] index in logit_rows_, or -1
-  std::vector<uint32_t> written_;      // [blocks, block_tokens] number of the step that last wrote the slot
+  std::vector<int> logit_rows_;    // rows whose logits are wanted, each once
+  std::vector<int> logit_row_of_;  // [max_rows] index in logit_rows_, or -1
+  std::vector<uint32_t> written_;  // [blocks, block_tokens] number of the step that last wrote the slot
   uint32_t step_ = 0;
 };
 

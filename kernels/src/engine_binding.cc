@@ -10,6 +10,7 @@
 
 #include "arguments.h"
 #include "engine.h"
+#include "engine_options.h"
 
 namespace penstock {
 
@@ -67,13 +68,13 @@ class CloseWorker : public Napi::AsyncWorker {
 class NativeEngine : public Napi::ObjectWrap<NativeEngine> {
  public:
   static Napi::Function define(Napi::Env env) {
-    return DefineClass(env, "NativeEngine",
-                       {InstanceMethod("info", &NativeEngine::info), InstanceMethod("createSampler", &NativeEngine::create_sampler),
-                        InstanceMethod("freeSampler", &NativeEngine::free_sampler),
-                        InstanceMethod("samplers", &NativeEngine::samplers), InstanceMethod("step", &NativeEngine::step),
-                        InstanceMethod("exportBlock", &NativeEngine::export_block),
-                        InstanceMethod("importBlock", &NativeEngine::import_block),
-                        InstanceMethod("copyBlock", &NativeEngine::copy_block), InstanceMethod("close", &NativeEngine::close)});
+    return DefineClass(
+        env, "NativeEngine",
+        {InstanceMethod("info", &NativeEngine::info), InstanceMethod("createSampler", &NativeEngine::create_sampler),
+         InstanceMethod("freeSampler", &NativeEngine::free_sampler), InstanceMethod("samplers", &NativeEngine::samplers),
+         InstanceMethod("step", &NativeEngine::step), InstanceMethod("exportBlock", &NativeEngine::export_block),
+         InstanceMethod("importBlock", &NativeEngine::import_block), InstanceMethod("copyBlock", &NativeEngine::copy_block),
+         InstanceMethod("close", &NativeEngine::close)});
   }
 
   explicit NativeEngine(const Napi::CallbackInfo& info) : Napi::ObjectWrap<NativeEngine>(info) {
@@ -137,36 +138,8 @@ Napi::Value NativeEngine::info(const Napi::CallbackInfo& info) {
 Napi::Value NativeEngine::create_sampler(const Napi::CallbackInfo& info) {
   return guarded(info, [&] {
     Engine& engine = this->engine();
-    const Napi::Object options = object_argument(info, 0, "SamplerOptions");
-    constexpr double kFloat = 3.4e38;
-    constexpr double kInt = 2147483647.0;
-    constexpr double kSafe = 9007199254740991.0;
-    SamplerOptions out;
-    out.temperature = static_cast<float>(number_field(options, "temperature", 0.0, kFloat));
-    out.top_k = static_cast<int32_t>(integer_field(options, "topK", 0.0, kInt));
-    out.top_p = static_cast<float>(number_field(options, "topP", 0.0, 1.0));
-    out.min_p = static_cast<float>(number_field(options, "minP", 0.0, 1.0));
-    out.repetition_penalty = static_cast<float>(number_field(options, "repetitionPenalty", 0.0, kFloat));
-    out.presence_penalty = static_cast<float>(number_field(options, "presencePenalty", -kFloat, kFloat));
-    out.frequency_penalty = static_cast<float>(number_field(options, "frequencyPenalty", -kFloat, kFloat));
-    out.min_tokens = static_cast<int32_t>(integer_field(options, "minTokens", 0.0, kInt));
-    out.seed = static_cast<uint64_t>(integer_field(options, "seed", 0.0, kSafe));
-    out.choice = static_cast<uint32_t>(integer_field(options, "choice", 0.0, kInt));
-    const Napi::Array biases = array_field(options, "logitBias");
-    for (uint32_t i = 0; i < biases.Length(); ++i) {
-      const std::string place = "logitBias[" + std::to_string(i) + "]";
-      const Napi::Value pair = biases.Get(i);
-      if (!pair.IsArray() || pair.As<Napi::Array>().Length() != 2) throw std::runtime_error(place + ": expected [token, bias]");
-      const Napi::Array both = pair.As<Napi::Array>();
-      out.logit_bias.emplace_back(static_cast<int32_t>(integer_value(both.Get(uint32_t{0}), place, 0.0, kInt)),
-                                  static_cast<float>(number_value(both.Get(uint32_t{1}), place, -kFloat, kFloat)));
-    }
-    const Napi::Array suppressed = array_field(options, "suppressedTokens");
-    for (uint32_t i = 0; i < suppressed.Length(); ++i) {
-      const std::string place = "suppressedTokens[" + std::to_string(i) + "]";
-      out.suppressed_tokens.push_back(static_cast<int32_t>(integer_value(suppressed.Get(i), place, 0.0, kInt)));
-    }
-    const int32_t id = engine.create_sampler(std::move(out), int32_argument(info, 1, "prompt"), int32_argument(info, 2, "output"));
+    const int32_t id = engine.create_sampler(read_sampler_options(object_argument(info, 0, "SamplerOptions")),
+                                             int32_argument(info, 1, "prompt"), int32_argument(info, 2, "output"));
     return Napi::Value(Napi::Number::New(info.Env(), id));
   });
 }
@@ -213,7 +186,8 @@ uint8_t* NativeEngine::block_bytes(const Napi::CallbackInfo& info, int& block) c
   Napi::Uint8Array array = bytes.As<Napi::Uint8Array>();
   const size_t expected = engine().kv().block_bytes();
   if (array.ByteLength() != expected) {
-    throw std::runtime_error("block bytes: expected " + std::to_string(expected) + ", found " + std::to_string(array.ByteLength()));
+    throw std::runtime_error("block bytes: expected " + std::to_string(expected) + ", found " +
+                             std::to_string(array.ByteLength()));
   }
   return array.Data();
 }
@@ -311,7 +285,9 @@ void StepWorker::OnError(const Napi::Error& error) {
 class LoadWorker : public Napi::AsyncWorker {
  public:
   LoadWorker(Napi::Env env, EngineOptions options)
-      : Napi::AsyncWorker(env, "penstock.loadEngine"), deferred_(Napi::Promise::Deferred::New(env)), options_(std::move(options)) {}
+      : Napi::AsyncWorker(env, "penstock.loadEngine"),
+        deferred_(Napi::Promise::Deferred::New(env)),
+        options_(std::move(options)) {}
 
   Napi::Promise promise() const { return deferred_.Promise(); }
 
@@ -343,31 +319,9 @@ class LoadWorker : public Napi::AsyncWorker {
   std::shared_ptr<Engine> engine_;
 };
 
-InstructionSet isa_field(const Napi::Object& options) {
-  const Napi::Value value = options.Get("isa");
-  if (value.IsUndefined()) return InstructionSet::Avx512;
-  const std::string name = value.IsString() ? value.As<Napi::String>().Utf8Value() : "";
-  for (InstructionSet isa : {InstructionSet::Reference, InstructionSet::Avx2, InstructionSet::Avx512}) {
-    if (name == instruction_set_name(isa)) return isa;
-  }
-  throw std::runtime_error("isa: expected reference, avx2 or avx512");
-}
-
 Napi::Value load_engine(const Napi::CallbackInfo& info) {
   return promised(info, [&](Napi::Env env) {
-    const Napi::Object object = object_argument(info, 0, "EngineOptions");
-    const Napi::Value path = object.Get("path");
-    if (!path.IsString()) throw std::runtime_error("path: expected a string");
-    EngineOptions options;
-    options.path = path.As<Napi::String>().Utf8Value();
-    options.blocks = static_cast<int>(integer_field(object, "blocks", 1.0, 1 << 26));
-    options.block_tokens = static_cast<int>(integer_field(object, "blockTokens", 1.0, 1 << 12));
-    options.threads = static_cast<int>(integer_field(object, "threads", 1.0, 1024.0));
-    options.max_rows = static_cast<int>(integer_field(object, "maxRows", 1.0, 1 << 16));
-    options.max_outputs = static_cast<int>(integer_field(object, "maxOutputs", 1.0, 1 << 16));
-    options.max_context = object.Get("maxContext").IsUndefined() ? 0 : static_cast<int>(integer_field(object, "maxContext", 1.0, 1 << 24));
-    options.isa = isa_field(object);
-    auto* worker = new LoadWorker(env, std::move(options));
+    auto* worker = new LoadWorker(env, read_engine_options(object_argument(info, 0, "EngineOptions")));
     const Napi::Promise promise = worker->promise();
     worker->Queue();
     return promise;

@@ -31,8 +31,8 @@ constexpr float kRoundingShift = 12582912.0f;
 
 // The steps of exp; the polynomial is Cephes' expf (Moshier), relative error about 2^-23.
 struct ExpConstants {
-  static constexpr float lowest = -87.3f;    // below: exactly 0; e^-87.3 is still a normal float
-  static constexpr float highest = 88.37f;   // above: infinity
+  static constexpr float lowest = -87.3f;   // below: exactly 0; e^-87.3 is still a normal float
+  static constexpr float highest = 88.37f;  // above: infinity
   static constexpr float log2e = 1.44269504088896341f;
   static constexpr float ln2_high = 0.693359375f;
   static constexpr float ln2_low = -2.12194440e-4f;

@@ -35,13 +35,16 @@ class Forward {
   const float* logits(int row) const { return logits_ + row * logit_stride_; }
 
  private:
+  // Up to so many rows, attention may be divided by tiles of the context, where rows and heads are too few to go round.
+  static constexpr int kSplitRows = 8;
+
   // Some consecutive rows of a segment, all heads of one KV head, over some tiles of their context.
   struct AttentionTask {
     const Segment* segment;
     int first;   // row within the segment
     int tokens;  // rows
     int kv_head;
-    int tile;    // the only tile, or -1: all
+    int tile;  // the only tile, or -1: all
   };
 
   // What one thread needs for itself.
@@ -86,29 +89,29 @@ class Forward {
   const int tiles_;  // of the longest context
 
   // Strides in elements.
-  size_t hidden_;       // hidden padded
-  size_t wide_;         // widest input of a linear layer
-  size_t qkv_;          // queries, keys and values side by side, each padded
-  size_t key_offset_;   // of the keys in a row of qkv_
+  size_t hidden_;      // hidden padded
+  size_t wide_;        // widest input of a linear layer
+  size_t qkv_;         // queries, keys and values side by side, each padded
+  size_t key_offset_;  // of the keys in a row of qkv_
   size_t value_offset_;
-  size_t ffn_;          // feed_forward padded; the gate and the up projection lie side by side
+  size_t ffn_;  // feed_forward padded; the gate and the up projection lie side by side
   size_t logit_stride_;
   size_t linear_scratch_ = 0;
 
   Region memory_;
-  float* x_;          // [rows, hidden] the residual stream
-  float* y_;          // [rows, wide] input of the next linear layer
-  float* z_;          // [rows, hidden] what the residual stream gains
-  float* projected_;  // [rows, qkv] or [rows, 2 * ffn]
-  float* cos_;        // [rows, rotary]
-  float* sin_;        // [rows, rotary], signed as Kernels::rotate wants it
-  int8_t* values_;    // [rows, wide] y_ quantised, with its scales, offsets and sums
-  float* scales_;     // [rows, wide / 32]
-  float* offsets_;    // [rows, wide / 32]
-  int32_t* sums_;     // [rows, wide / 32]
-  float* logits_;     // [logit rows, logit_stride]
-  float* tile_totals_;  // [kSplitRows, heads, tiles, value_stride] what rows gathered over single tiles
-  float* tile_states_;  // [kSplitRows, heads, tiles, 2] and the max and sum that belong to it
+  float* x_;                            // [rows, hidden] the residual stream
+  float* y_;                            // [rows, wide] input of the next linear layer
+  float* z_;                            // [rows, hidden] what the residual stream gains
+  float* projected_;                    // [rows, qkv] or [rows, 2 * ffn]
+  float* cos_;                          // [rows, rotary]
+  float* sin_;                          // [rows, rotary], signed as Kernels::rotate wants it
+  int8_t* values_;                      // [rows, wide] y_ quantised, with its scales, offsets and sums
+  float* scales_;                       // [rows, wide / 32]
+  float* offsets_;                      // [rows, wide / 32]
+  int32_t* sums_;                       // [rows, wide / 32]
+  float* logits_;                       // [logit rows, logit_stride]
+  float* tile_totals_;                  // [kSplitRows, heads, tiles, value_stride] what rows gathered over single tiles
+  float* tile_states_;                  // [kSplitRows, heads, tiles, 2] and the max and sum that belong to it
   std::vector<ThreadScratch> scratch_;  // [threads]
 
   // The step being run.

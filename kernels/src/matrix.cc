@@ -112,8 +112,7 @@ Matrix describe_matrix(const GgufFile& file, const GgufTensor& tensor) {
       matrix.format = MatrixFormat::Q8;
       matrix.panel_bytes = inputs / kBlock * (kQ8Record + 2 * kPanel);
       break;
-    default:
-      file.fail(place + "expected type F32, F16, Q4_0, Q4_1 or Q8_0, found " + tensor_type_name(tensor.type));
+    default: file.fail(place + "expected type F32, F16, Q4_0, Q4_1 or Q8_0, found " + tensor_type_name(tensor.type));
   }
   if (matrix.quantised() && inputs % kBlock != 0) {
     file.fail(place + "expected rows of a multiple of 32 values for type " + tensor_type_name(tensor.type) + ", found " +
@@ -142,12 +141,8 @@ void read_row(const Matrix& matrix, int output, float* into) {
     const int b = k / kBlock;
     const int i = k % kBlock;
     switch (matrix.format) {
-      case MatrixFormat::F32:
-        std::memcpy(&into[k], panel + 4 * (size_t(k) * kPanel + o), 4);
-        break;
-      case MatrixFormat::F16:
-        into[k] = float_of_half(load_u16(panel + 2 * (size_t(k) * kPanel + o)));
-        break;
+      case MatrixFormat::F32: std::memcpy(&into[k], panel + 4 * (size_t(k) * kPanel + o), 4); break;
+      case MatrixFormat::F16: into[k] = float_of_half(load_u16(panel + 2 * (size_t(k) * kPanel + o))); break;
       case MatrixFormat::Q4: {
         const uint8_t* record = panel + b * kQ4Record;
         const uint8_t pair = record[64 * (i % 16 / 4) + 4 * o + i % 4];

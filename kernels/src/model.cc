@@ -110,7 +110,8 @@ void Model::read_shape(const GgufFile& file) {
   }
   const GgufTensor& embedding = file.tensor("token_embd.weight");
   if (embedding.dims != 2 || embedding.shape[1] > (1u << 24)) {
-    file.fail("tensor token_embd.weight: expected [" + std::to_string(s.hidden) + ", vocabulary], found " + shape_text(embedding));
+    file.fail("tensor token_embd.weight: expected [" + std::to_string(s.hidden) + ", vocabulary], found " +
+              shape_text(embedding));
   }
   s.vocabulary = static_cast<int>(embedding.shape[1]);
 }
@@ -125,8 +126,8 @@ void Model::read_frequencies(const GgufFile& file) {
   if (factors == nullptr) return;
   used_.push_back(factors->name);
   if (factors->type != TensorType::F32 || factors->dims != 1 || factors->shape[0] != static_cast<uint64_t>(pairs)) {
-    file.fail("tensor rope_freqs.weight: expected F32 [" + std::to_string(pairs) + "], found " +
-              tensor_type_name(factors->type) + " " + shape_text(*factors));
+    file.fail("tensor rope_freqs.weight: expected F32 [" + std::to_string(pairs) + "], found " + tensor_type_name(factors->type) +
+              " " + shape_text(*factors));
   }
   for (int i = 0; i < pairs; ++i) {
     float factor;

@@ -27,15 +27,15 @@ struct ModelShape {
 };
 
 struct Layer {
-  const float* attention_norm;  // [hidden padded to 16]
-  Matrix query;                 // [heads * head_dim, hidden]
-  Matrix key;                   // [kv_heads * head_dim, hidden]
-  Matrix value;                 // [kv_heads * head_dim, hidden]
-  Matrix attention_output;      // [hidden, heads * head_dim]
+  const float* attention_norm;     // [hidden padded to 16]
+  Matrix query;                    // [heads * head_dim, hidden]
+  Matrix key;                      // [kv_heads * head_dim, hidden]
+  Matrix value;                    // [kv_heads * head_dim, hidden]
+  Matrix attention_output;         // [hidden, heads * head_dim]
   const float* feed_forward_norm;  // [hidden padded to 16]
-  Matrix gate;                  // [feed_forward, hidden]
-  Matrix up;                    // [feed_forward, hidden]
-  Matrix down;                  // [hidden, feed_forward]
+  Matrix gate;                     // [feed_forward, hidden]
+  Matrix up;                       // [feed_forward, hidden]
+  Matrix down;                     // [hidden, feed_forward]
 };
 
 class Model {
@@ -46,9 +46,9 @@ class Model {
 
   const ModelShape& shape() const { return shape_; }
   const std::vector<Layer>& layers() const { return layers_; }
-  const Matrix& embedding() const { return embedding_; }        // [vocabulary, hidden]
-  const Matrix& output() const { return output_; }              // [vocabulary, hidden]; the embedding where the file has no other
-  const float* output_norm() const { return output_norm_; }     // [hidden padded to 16]
+  const Matrix& embedding() const { return embedding_; }     // [vocabulary, hidden]
+  const Matrix& output() const { return output_; }           // [vocabulary, hidden]; the embedding where the file has no other
+  const float* output_norm() const { return output_norm_; }  // [hidden padded to 16]
   const std::vector<double>& frequencies() const { return frequencies_; }  // [rotary / 2] radians per position
 
  private:

@@ -30,8 +30,7 @@ Region::~Region() {
   if (base_ != nullptr) munmap(base_, bytes_);
 }
 
-Region::Region(Region&& other) noexcept
-    : base_(std::exchange(other.base_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+Region::Region(Region&& other) noexcept : base_(std::exchange(other.base_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
 
 Region& Region::operator=(Region&& other) noexcept {
   std::swap(base_, other.base_);

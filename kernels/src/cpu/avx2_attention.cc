@@ -17,7 +17,8 @@ void score(const KeyTile& tile, const QueryRow* rows, int head_dim, int tokens, 
   for (int g = 0; g * kGroupTokens < tokens; ++g) {
     const uint16_t* keys = tile.keys[g];
     __m256 sums[R][2];
-    UNROLL for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_ps();
+    UNROLL for (int r = 0; r < R; ++r)
+      sums[r][0] = sums[r][1] = _mm256_setzero_ps();
     for (int d = 0; d < head_dim; ++d, keys += tile.key_stride) {
       const __m256 k0 = load_half8(keys);
       const __m256 k1 = load_half8(keys + 8);
@@ -89,8 +90,8 @@ void add_values(const KeyTile& tile, int first, int last, int d, const float* we
 template <int R>
 void attend_rows(const KeyTile& tile, QueryRow* rows, int head_dim, float* scratch) {
   const int padded_dim = (head_dim + 15) / 16 * 16;
-  float* weights = scratch;                         // [R, kTileTokens]
-  float* totals = scratch + kRows * kTileTokens;    // [R, padded_dim]
+  float* weights = scratch;                       // [R, kTileTokens]
+  float* totals = scratch + kRows * kTileTokens;  // [R, padded_dim]
   int most = rows[0].visible;
   int fewest = most;
   for (int r = 1; r < R; ++r) {

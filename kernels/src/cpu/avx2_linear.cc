@@ -41,7 +41,8 @@ void q4_few_rows(const uint8_t* panel, int blocks, Rows rows, float* out, size_t
     const uint8_t* scales = panel + 256 + half * 16;
     const int8_t* values = rows.values;
     __m256 sums[R];
-    UNROLL for (int r = 0; r < R; ++r) sums[r] = _mm256_setzero_ps();
+    UNROLL for (int r = 0; r < R; ++r)
+      sums[r] = _mm256_setzero_ps();
     for (int b = 0; b < blocks; ++b, record += kQ4Record, scales += kQ4Record, values += kBlock) {
       // Both halves together fetch what lies ahead once.
       _mm_prefetch(ahead, _MM_HINT_T0);
@@ -70,7 +71,8 @@ void q4_few_rows(const uint8_t* panel, int blocks, Rows rows, float* out, size_t
         sums[r] = _mm256_fmadd_ps(offset, _mm256_broadcast_ss(o), sums[r]);
       }
     }
-    UNROLL for (int r = 0; r < R; ++r) _mm256_storeu_ps(out + r * out_stride + half * 8, sums[r]);
+    UNROLL for (int r = 0; r < R; ++r)
+      _mm256_storeu_ps(out + r * out_stride + half * 8, sums[r]);
   }
 }
 
@@ -83,7 +85,8 @@ void unpack_q4(const uint8_t* panel, int blocks, uint8_t* scratch) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(scratch + 256 + 32 * i), _mm256_and_si256(_mm256_srli_epi16(pairs, 4), low));
     }
     float* floats = reinterpret_cast<float*>(scratch + 512);
-    UNROLL for (int i = 0; i < 4; ++i) _mm256_store_ps(floats + 8 * i, load_half8(halves(panel + 256 + 16 * i)));
+    UNROLL for (int i = 0; i < 4; ++i)
+      _mm256_store_ps(floats + 8 * i, load_half8(halves(panel + 256 + 16 * i)));
   }
 }
 
@@ -93,7 +96,8 @@ void q4_many_rows(const uint8_t* unpacked, int blocks, Rows rows, float* out, si
   const __m256i ones = _mm256_set1_epi16(1);
   const int8_t* values = rows.values;
   __m256 sums[R][2];
-  UNROLL for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_ps();
+  UNROLL for (int r = 0; r < R; ++r)
+    sums[r][0] = sums[r][1] = _mm256_setzero_ps();
   for (int b = 0; b < blocks; ++b, unpacked += kUnpackedRecord, values += kBlock) {
     __m256i dots[R][2];  // 16-bit
     UNROLL for (int k = 0; k < 8; ++k) {
@@ -133,13 +137,16 @@ void q8_rows(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out
     const uint8_t* scales = panel + blocks * kQ8Record + half * 16;
     const int8_t* values = rows.values;
     __m256 sums[R];
-    UNROLL for (int r = 0; r < R; ++r) sums[r] = _mm256_setzero_ps();
+    UNROLL for (int r = 0; r < R; ++r)
+      sums[r] = _mm256_setzero_ps();
     for (int b = 0; b < blocks; ++b, record += kQ8Record, scales += 2 * kPanel, values += kBlock) {
       if (half == 0) {
-        UNROLL for (int i = 0; i < 8; ++i) _mm_prefetch(reinterpret_cast<const char*>(record) + 8192 + 64 * i, _MM_HINT_T0);
+        UNROLL for (int i = 0; i < 8; ++i)
+          _mm_prefetch(reinterpret_cast<const char*>(record) + 8192 + 64 * i, _MM_HINT_T0);
       }
       __m256i dots[R];  // 32-bit
-      UNROLL for (int r = 0; r < R; ++r) dots[r] = _mm256_setzero_si256();
+      UNROLL for (int r = 0; r < R; ++r)
+        dots[r] = _mm256_setzero_si256();
       UNROLL for (int k = 0; k < 8; ++k) {
         const __m256i w = load32(record + 64 * k);
         const __m256i magnitude = _mm256_abs_epi8(w);
@@ -154,7 +161,8 @@ void q8_rows(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out
         sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r]), _mm256_mul_ps(scale, s), sums[r]);
       }
     }
-    UNROLL for (int r = 0; r < R; ++r) _mm256_storeu_ps(out + r * out_stride + half * 8, sums[r]);
+    UNROLL for (int r = 0; r < R; ++r)
+      _mm256_storeu_ps(out + r * out_stride + half * 8, sums[r]);
   }
 }
 
@@ -165,7 +173,8 @@ inline __m256 load_weights(const uint16_t* from) { return load_half8(from); }
 template <int R, class Element>
 void float_rows(const Element* panel, int inputs, const float* x, size_t x_stride, float* out, size_t out_stride) {
   __m256 sums[R][2];
-  UNROLL for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_ps();
+  UNROLL for (int r = 0; r < R; ++r)
+    sums[r][0] = sums[r][1] = _mm256_setzero_ps();
   for (int k = 0; k < inputs; ++k, panel += kPanel) {
     const __m256 w0 = load_weights(panel);
     const __m256 w1 = load_weights(panel + 8);
@@ -191,7 +200,8 @@ void float_panel(const uint8_t* panel, int inputs, const LinearInput& input, flo
   for (; row + 2 <= input.rows; row += 2) {
     float_rows<2>(w, inputs, input.x + row * input.x_stride, input.x_stride, out + row * out_stride, out_stride);
   }
-  if (row < input.rows) float_rows<1>(w, inputs, input.x + row * input.x_stride, input.x_stride, out + row * out_stride, out_stride);
+  if (row < input.rows)
+    float_rows<1>(w, inputs, input.x + row * input.x_stride, input.x_stride, out + row * out_stride, out_stride);
 }
 
 using Tile = void (*)(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_stride);
@@ -212,17 +222,14 @@ constexpr Tile kQ8Rows[5] = {nullptr, q8_rows<1>, q8_rows<2>, q8_rows<3>, q8_row
 
 }  // namespace
 
-void linear(const Matrix& matrix, int first, int last, const LinearInput& input, float* out, size_t out_stride, uint8_t* scratch) {
+void linear(const Matrix& matrix, int first, int last, const LinearInput& input, float* out, size_t out_stride,
+            uint8_t* scratch) {
   for (int p = first; p < last; ++p) {
     const uint8_t* panel = matrix.panel(p);
     float* panel_out = out + size_t(p) * kPanel;
     switch (matrix.format) {
-      case MatrixFormat::F32:
-        float_panel<float>(panel, matrix.inputs, input, panel_out, out_stride);
-        break;
-      case MatrixFormat::F16:
-        float_panel<uint16_t>(panel, matrix.inputs, input, panel_out, out_stride);
-        break;
+      case MatrixFormat::F32: float_panel<float>(panel, matrix.inputs, input, panel_out, out_stride); break;
+      case MatrixFormat::F16: float_panel<uint16_t>(panel, matrix.inputs, input, panel_out, out_stride); break;
       case MatrixFormat::Q4:
         if (input.rows < kUnpackRows) {
           in_fours(kQ4FewRows, panel, matrix.blocks(), input, panel_out, out_stride);
@@ -231,9 +238,7 @@ void linear(const Matrix& matrix, int first, int last, const LinearInput& input,
           in_fours(kQ4ManyRows, scratch, matrix.blocks(), input, panel_out, out_stride);
         }
         break;
-      case MatrixFormat::Q8:
-        in_fours(kQ8Rows, panel, matrix.blocks(), input, panel_out, out_stride);
-        break;
+      case MatrixFormat::Q8: in_fours(kQ8Rows, panel, matrix.blocks(), input, panel_out, out_stride); break;
     }
   }
 }

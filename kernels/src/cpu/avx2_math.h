@@ -57,10 +57,12 @@ static inline __m256 fixed_exp(__m256 x) {
   p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(C::p0));
   p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
   p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);  // the shift's own bits fall off, as 2^23 divides them
+  const __m256i exponent =
+      _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);  // the shift's own bits fall off, as 2^23 divides them
   __m256 y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
   y = _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(C::lowest), _CMP_LT_OQ), y);
-  y = _mm256_blendv_ps(y, _mm256_set1_ps(std::numeric_limits<float>::infinity()), _mm256_cmp_ps(x, _mm256_set1_ps(C::highest), _CMP_GT_OQ));
+  y = _mm256_blendv_ps(y, _mm256_set1_ps(std::numeric_limits<float>::infinity()),
+                       _mm256_cmp_ps(x, _mm256_set1_ps(C::highest), _CMP_GT_OQ));
   return _mm256_blendv_ps(y, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
 

@@ -43,19 +43,23 @@ template <int R, int G>
 void score_groups(const KeyTile& tile, const QueryRow* rows, int head_dim, int g, float* scores /* [R, kTileTokens] */) {
   __m512 sums[R][G];
   UNROLL for (int r = 0; r < R; ++r) {
-    UNROLL for (int i = 0; i < G; ++i) sums[r][i] = _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < G; ++i)
+      sums[r][i] = _mm512_setzero_ps();
   }
   size_t at = 0;
   for (int d = 0; d < head_dim; ++d, at += tile.key_stride) {
     __m512 keys[G];
-    UNROLL for (int i = 0; i < G; ++i) keys[i] = load_half16(tile.keys[g + i] + at);
+    UNROLL for (int i = 0; i < G; ++i)
+      keys[i] = load_half16(tile.keys[g + i] + at);
     UNROLL for (int r = 0; r < R; ++r) {
       const __m512 q = _mm512_set1_ps(rows[r].query[d]);
-      UNROLL for (int i = 0; i < G; ++i) sums[r][i] = _mm512_fmadd_ps(q, keys[i], sums[r][i]);
+      UNROLL for (int i = 0; i < G; ++i)
+        sums[r][i] = _mm512_fmadd_ps(q, keys[i], sums[r][i]);
     }
   }
   UNROLL for (int r = 0; r < R; ++r) {
-    UNROLL for (int i = 0; i < G; ++i) _mm512_storeu_ps(scores + r * kTileTokens + (g + i) * kGroupTokens, sums[r][i]);
+    UNROLL for (int i = 0; i < G; ++i)
+      _mm512_storeu_ps(scores + r * kTileTokens + (g + i) * kGroupTokens, sums[r][i]);
   }
 }
 
@@ -99,18 +103,22 @@ template <int R, int C>
 void add_values(const KeyTile& tile, int first, int last, int d, const float* weights, float* totals, int stride) {
   __m512 sums[R][C];
   UNROLL for (int r = 0; r < R; ++r) {
-    UNROLL for (int c = 0; c < C; ++c) sums[r][c] = _mm512_loadu_ps(totals + r * stride + d + 16 * c);
+    UNROLL for (int c = 0; c < C; ++c)
+      sums[r][c] = _mm512_loadu_ps(totals + r * stride + d + 16 * c);
   }
   for (int t = first; t < last; ++t) {
     __m512 values[C];
-    UNROLL for (int c = 0; c < C; ++c) values[c] = load_half16(tile.values[t] + d + 16 * c);
+    UNROLL for (int c = 0; c < C; ++c)
+      values[c] = load_half16(tile.values[t] + d + 16 * c);
     UNROLL for (int r = 0; r < R; ++r) {
       const __m512 w = _mm512_set1_ps(weights[r * kTileTokens + t]);
-      UNROLL for (int c = 0; c < C; ++c) sums[r][c] = _mm512_fmadd_ps(w, values[c], sums[r][c]);
+      UNROLL for (int c = 0; c < C; ++c)
+        sums[r][c] = _mm512_fmadd_ps(w, values[c], sums[r][c]);
     }
   }
   UNROLL for (int r = 0; r < R; ++r) {
-    UNROLL for (int c = 0; c < C; ++c) _mm512_storeu_ps(totals + r * stride + d + 16 * c, sums[r][c]);
+    UNROLL for (int c = 0; c < C; ++c)
+      _mm512_storeu_ps(totals + r * stride + d + 16 * c, sums[r][c]);
   }
 }
 

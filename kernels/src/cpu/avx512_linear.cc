@@ -42,11 +42,14 @@ void q4_rows(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out
   const __m512i low = _mm512_set1_epi8(15);
   const int8_t* values = rows.values;
   __m512 sums[R];
-  UNROLL for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_ps();
+  UNROLL for (int r = 0; r < R; ++r)
+    sums[r] = _mm512_setzero_ps();
   for (int b = 0; b < blocks; ++b, panel += kQ4Record, values += kBlock) {
-    UNROLL for (int i = 0; i < 5; ++i) _mm_prefetch(reinterpret_cast<const char*>(panel) + 4096 + 64 * i, _MM_HINT_T0);
+    UNROLL for (int i = 0; i < 5; ++i)
+      _mm_prefetch(reinterpret_cast<const char*>(panel) + 4096 + 64 * i, _MM_HINT_T0);
     __m512i dots[R];
-    UNROLL for (int r = 0; r < R; ++r) dots[r] = _mm512_setzero_si512();
+    UNROLL for (int r = 0; r < R; ++r)
+      dots[r] = _mm512_setzero_si512();
     UNROLL for (int j = 0; j < 4; ++j) {
       const __m512i pairs = _mm512_load_si512(panel + 64 * j);
       const __m512i first = _mm512_and_si512(pairs, low);
@@ -66,7 +69,8 @@ void q4_rows(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out
       sums[r] = _mm512_fmadd_ps(offset, o, sums[r]);
     }
   }
-  UNROLL for (int r = 0; r < R; ++r) _mm512_storeu_ps(out + r * out_stride, sums[r]);
+  UNROLL for (int r = 0; r < R; ++r)
+    _mm512_storeu_ps(out + r * out_stride, sums[r]);
 }
 
 // Weights become unsigned by adding 128, which the dot of 128 with the block's values takes back.
@@ -76,14 +80,18 @@ void q8_rows(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out
   const uint8_t* scales = panel + blocks * kQ8Record;
   const int8_t* values = rows.values;
   __m512 sums[R];
-  UNROLL for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_ps();
+  UNROLL for (int r = 0; r < R; ++r)
+    sums[r] = _mm512_setzero_ps();
   for (int b = 0; b < blocks; ++b, panel += kQ8Record, scales += 2 * kPanel, values += kBlock) {
-    UNROLL for (int i = 0; i < 8; ++i) _mm_prefetch(reinterpret_cast<const char*>(panel) + 8192 + 64 * i, _MM_HINT_T0);
+    UNROLL for (int i = 0; i < 8; ++i)
+      _mm_prefetch(reinterpret_cast<const char*>(panel) + 8192 + 64 * i, _MM_HINT_T0);
     __m512i dots[R];
-    UNROLL for (int r = 0; r < R; ++r) dots[r] = _mm512_set1_epi32(-128 * rows.sums[r * rows.block_stride + b]);
+    UNROLL for (int r = 0; r < R; ++r)
+      dots[r] = _mm512_set1_epi32(-128 * rows.sums[r * rows.block_stride + b]);
     UNROLL for (int j = 0; j < 8; ++j) {
       const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(panel + 64 * j), flip);
-      UNROLL for (int r = 0; r < R; ++r) dots[r] = _mm512_dpbusd_epi32(dots[r], w, broadcast(values + r * rows.value_stride + 4 * j));
+      UNROLL for (int r = 0; r < R; ++r)
+        dots[r] = _mm512_dpbusd_epi32(dots[r], w, broadcast(values + r * rows.value_stride + 4 * j));
     }
     const __m512 scale = load_half16(scales);
     UNROLL for (int r = 0; r < R; ++r) {
@@ -91,7 +99,8 @@ void q8_rows(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out
       sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r]), _mm512_mul_ps(scale, s), sums[r]);
     }
   }
-  UNROLL for (int r = 0; r < R; ++r) _mm512_storeu_ps(out + r * out_stride, sums[r]);
+  UNROLL for (int r = 0; r < R; ++r)
+    _mm512_storeu_ps(out + r * out_stride, sums[r]);
 }
 
 inline __m512 load_weights(const float* from) { return _mm512_load_ps(from); }
@@ -101,12 +110,15 @@ inline __m512 load_weights(const uint16_t* from) { return load_half16(reinterpre
 template <int R, class Element>
 void float_rows(const Element* panel, int inputs, const float* x, size_t x_stride, float* out, size_t out_stride) {
   __m512 sums[R];
-  UNROLL for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_ps();
+  UNROLL for (int r = 0; r < R; ++r)
+    sums[r] = _mm512_setzero_ps();
   for (int k = 0; k < inputs; ++k, panel += kPanel) {
     const __m512 w = load_weights(panel);
-    UNROLL for (int r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * x_stride + k]), w, sums[r]);
+    UNROLL for (int r = 0; r < R; ++r)
+      sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * x_stride + k]), w, sums[r]);
   }
-  UNROLL for (int r = 0; r < R; ++r) _mm512_storeu_ps(out + r * out_stride, sums[r]);
+  UNROLL for (int r = 0; r < R; ++r)
+    _mm512_storeu_ps(out + r * out_stride, sums[r]);
 }
 
 template <class Element>
@@ -119,7 +131,8 @@ void float_panel(const uint8_t* panel, int inputs, const LinearInput& input, flo
   for (; row + 2 <= input.rows; row += 2) {
     float_rows<2>(w, inputs, input.x + row * input.x_stride, input.x_stride, out + row * out_stride, out_stride);
   }
-  if (row < input.rows) float_rows<1>(w, inputs, input.x + row * input.x_stride, input.x_stride, out + row * out_stride, out_stride);
+  if (row < input.rows)
+    float_rows<1>(w, inputs, input.x + row * input.x_stride, input.x_stride, out + row * out_stride, out_stride);
 }
 
 using Tile = void (*)(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_stride);
@@ -129,12 +142,17 @@ constexpr Tile kQ8Rows[kRows + 1] = {nullptr,    q8_rows<1>, q8_rows<2>, q8_rows
                                      q8_rows<5>, q8_rows<6>, q8_rows<7>, q8_rows<8>};
 
 // All rows of the input, eight at a time.
-void in_eights(const Tile tiles[kRows + 1], const uint8_t* panel, int blocks, const LinearInput& input, float* out, size_t out_stride) {
+void in_eights(const Tile tiles[kRows + 1], const uint8_t* panel, int blocks, const LinearInput& input, float* out,
+               size_t out_stride) {
   for (int row = 0; row < input.rows; row += kRows) {
     const int count = input.rows - row < kRows ? input.rows - row : kRows;
     const size_t block_row = row * input.block_stride;
-    const Rows rows = {input.values + row * input.value_stride, input.value_stride, input.scales + block_row,
-                       input.offsets + block_row, input.sums + block_row, input.block_stride};
+    const Rows rows = {input.values + row * input.value_stride,
+                       input.value_stride,
+                       input.scales + block_row,
+                       input.offsets + block_row,
+                       input.sums + block_row,
+                       input.block_stride};
     tiles[count](panel, blocks, rows, out + row * out_stride, out_stride);
   }
 }
@@ -146,25 +164,17 @@ void linear(const Matrix& matrix, int first, int last, const LinearInput& input,
     const uint8_t* panel = matrix.panel(p);
     float* panel_out = out + size_t(p) * kPanel;
     switch (matrix.format) {
-      case MatrixFormat::F32:
-        float_panel<float>(panel, matrix.inputs, input, panel_out, out_stride);
-        break;
-      case MatrixFormat::F16:
-        float_panel<uint16_t>(panel, matrix.inputs, input, panel_out, out_stride);
-        break;
-      case MatrixFormat::Q4:
-        in_eights(kQ4Rows, panel, matrix.blocks(), input, panel_out, out_stride);
-        break;
-      case MatrixFormat::Q8:
-        in_eights(kQ8Rows, panel, matrix.blocks(), input, panel_out, out_stride);
-        break;
+      case MatrixFormat::F32: float_panel<float>(panel, matrix.inputs, input, panel_out, out_stride); break;
+      case MatrixFormat::F16: float_panel<uint16_t>(panel, matrix.inputs, input, panel_out, out_stride); break;
+      case MatrixFormat::Q4: in_eights(kQ4Rows, panel, matrix.blocks(), input, panel_out, out_stride); break;
+      case MatrixFormat::Q8: in_eights(kQ8Rows, panel, matrix.blocks(), input, panel_out, out_stride); break;
     }
   }
 }
 
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = {InstructionSet::Avx512, avx2::rms_norm, avx2::swiglu,   avx2::rotate,
-                                avx2::to_half,          avx2::quantise, avx512::linear, avx512::attend, avx2::merge};
+const Kernels kAvx512Kernels = {InstructionSet::Avx512, avx2::rms_norm, avx2::swiglu,   avx2::rotate, avx2::to_half,
+                                avx2::quantise,         avx512::linear, avx512::attend, avx2::merge};
 
 }  // namespace penstock

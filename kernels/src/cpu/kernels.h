@@ -16,16 +16,16 @@ enum class InstructionSet { Reference, Avx2, Avx512 };
 
 // Rows quantised to int8 in blocks of 32: x = scale * value, value in -127 … 127.
 struct QuantisedRow {
-  int8_t* values;   // [inputs]
-  float* scales;    // [inputs / 32]
-  float* offsets;   // [inputs / 32] scale * sum of the block's values: what a weight's offset is multiplied with
-  int32_t* sums;    // [inputs / 32] sum of the block's values
+  int8_t* values;  // [inputs]
+  float* scales;   // [inputs / 32]
+  float* offsets;  // [inputs / 32] scale * sum of the block's values: what a weight's offset is multiplied with
+  int32_t* sums;   // [inputs / 32] sum of the block's values
 };
 
 // The input of a linear layer, in both forms; a matrix uses one (Matrix::quantised).
 struct LinearInput {
   int rows;
-  const float* x;        // [rows, x_stride]
+  const float* x;  // [rows, x_stride]
   size_t x_stride;
   const int8_t* values;  // [rows, value_stride]
   size_t value_stride;
@@ -45,7 +45,7 @@ constexpr int kMostHeadDim = 512;
 
 // K and V of one KV head for up to kTileTokens consecutive positions, wherever their blocks are.
 struct KeyTile {
-  const uint16_t* keys[kTileGroups];    // f16 [head_dim, key_stride], the first 16 of a row being this group's
+  const uint16_t* keys[kTileGroups];  // f16 [head_dim, key_stride], the first 16 of a row being this group's
   size_t key_stride;
   const uint16_t* values[kTileTokens];  // f16 [head_dim padded to 16]
 };

@@ -1,0 +1,22 @@
+/**
+ * How a transfer is steered, beside its chunks. The sender says how far it is; the receiver answers with what it has. Each
+ * message holds the whole state, so that one that is lost, doubled or late does no harm.
+ */
+import { Schema } from "effect"
+import { defineTell } from "../runtime/codec.ts"
+
+const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
+
+/** From the sender: chunks sent so far; `final` once there will be no more. Sent at the end, and again while unanswered. */
+export const KvProgress = defineTell("progress", Schema.Struct({ chunks: count, final: Schema.Boolean, failure: Schema.optional(Schema.String) }))
+
+/** From the receiver: bytes taken so far, which is credit for as many more, and chunks that did not come. */
+export const KvStatusMessage = Schema.Struct({
+  bytes: count,
+  missing: Schema.Array(count),
+  complete: Schema.Boolean,
+  /** The receiver takes nothing more, and why. */
+  failure: Schema.optional(Schema.String),
+})
+export type KvStatusMessage = typeof KvStatusMessage.Type
+export const KvStatus = defineTell("status", KvStatusMessage)

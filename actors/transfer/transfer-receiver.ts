@@ -1,0 +1,221 @@
+/**
+ * The receiving side of a KV transfer, which opens it: chunks are checked and written once each, in whatever order and
+ * number they come. Nothing counts as received before its CRC has been found right, and nothing is complete before every
+ * layer of every block is.
+ */
+import { limits } from "../../config/limits.ts"
+import type { Bus, Subscription } from "../runtime/bus.ts"
+import { header, protocolVersion } from "../runtime/bus.ts"
+import { Fault } from "../runtime/fault.ts"
+import { headerForCrc, kvChunkHeaderBytes, readChunkHeader, type ChunkRange, type KvDtype } from "../messages/kv-chunk.ts"
+import { KvProgress, KvStatus } from "../messages/kv-transfer.ts"
+import { transferSubject } from "../messages/subjects.ts"
+import { Settlement } from "./settlement.ts"
+
+/** Where the bytes go. */
+export interface ChunkSink {
+  readonly dtype: KvDtype
+  readonly blockTokens: number
+  readonly layers: number
+  readonly layerBlockBytes: number
+  crc32c(bytes: Uint8Array, seed: number): number
+  /** Writes a payload in place; false where its CRC-32C, continued from `seed`, is not `crc`. */
+  take(range: ChunkRange, payload: Uint8Array, seed: number, crc: number): boolean
+}
+
+export interface ReceiverOptions {
+  readonly control: Bus
+  readonly bulk: Bus
+  readonly cluster: string
+  readonly transferId: string
+  readonly sink: ChunkSink
+  /** The blocks that are to come, as places in the receiver's table. */
+  readonly firstBlock: number
+  readonly blocks: number
+  readonly creditBytes: number
+  /** Names the sender in faults. */
+  readonly hop: string
+}
+
+export interface ReceivedTransfer {
+  readonly chunks: number
+  readonly bytes: number
+  readonly ms: number
+  readonly corrupted: number
+  readonly duplicates: number
+}
+
+/** Missing chunks that one status names; the next names more. */
+const missingOfMessage = 256
+
+export class TransferReceiver {
+  /** Settles when everything is here, or the transfer has failed. */
+  readonly done: Promise<ReceivedTransfer>
+  readonly #options: ReceiverOptions
+  readonly #cells: Uint8Array // [layers, blocks] 1: written and checked
+  readonly #taken = new Set<number>() // sequence numbers
+  readonly #askedAtMs = new Map<number, number>() // when a missing chunk was last asked for
+  #newest = -1 // largest sequence number taken
+  #quietSeen = -1 // what the sender said last time, where no chunk has come since
+  readonly #subscriptions: Array<Subscription>
+  readonly #timer: NodeJS.Timeout
+  readonly #outcome = new Settlement<ReceivedTransfer>()
+  #missingCells: number
+  #bytes = 0
+  #toldBytes = 0
+  #seen = 0 // chunks that were certainly sent
+  #corrupted = 0
+  #duplicates = 0
+  #over = false
+  #complete = false
+  #heardAtMs = performance.now()
+  #firstChunkAtMs: number | undefined
+
+  constructor(options: ReceiverOptions) {
+    this.#options = options
+    this.done = this.#outcome.promise
+    this.#missingCells = options.sink.layers * options.blocks
+    this.#cells = new Uint8Array(this.#missingCells)
+    const { control, bulk, cluster, transferId } = options
+    const lost = () => this.fail(this.#fault("disconnected", "the connection was lost"))
+    this.#subscriptions = [
+      bulk.subscribe(transferSubject(cluster, transferId, "chunk"), ({ data }) => this.#chunk(data)),
+      control.subscribe(transferSubject(cluster, transferId, "progress"), ({ data }) => this.#progress(data)),
+      control.onDisconnect(lost),
+      bulk.onDisconnect(lost),
+    ]
+    this.#timer = setInterval(() => this.#watch(), limits.kvProgressIntervalMs)
+    this.#timer.unref()
+  }
+
+  /** Gives the transfer up and tells the sender why. */
+  fail(fault: Fault): void {
+    if (this.#over) return
+    this.#tell(fault.message)
+    this.close()
+    this.#outcome.reject(fault)
+  }
+
+  /** Takes nothing more, and answers nothing. */
+  close(): void {
+    this.#over = true
+    clearInterval(this.#timer)
+    for (const subscription of this.#subscriptions) subscription.unsubscribe()
+  }
+
+  #chunk(chunk: Uint8Array): void {
+    if (this.#over) return
+    this.#heardAtMs = performance.now()
+    this.#firstChunkAtMs ??= this.#heardAtMs
+    let read: ReturnType<typeof readChunkHeader>
+    try {
+      read = readChunkHeader(chunk)
+    } catch {
+      this.#corrupted++ // its header cannot be believed: the sender sends again what stays missing
+      return
+    }
+    const { header: found, crc } = read
+    const { sink, transferId, firstBlock, blocks } = this.#options
+    const inside =
+      found.transferId === transferId &&
+      found.dtype === sink.dtype &&
+      found.blockTokens === sink.blockTokens &&
+      found.firstLayer + found.layers <= sink.layers &&
+      found.firstBlock >= firstBlock &&
+      found.firstBlock + found.blocks <= firstBlock + blocks &&
+      found.payloadBytes === found.layers * found.blocks * sink.layerBlockBytes
+    if (!inside) {
+      this.#corrupted++
+      return
+    }
+    if (this.#taken.has(found.sequence) || this.#overlaps(found)) {
+      this.#duplicates++
+      return
+    }
+    if (!sink.take(found, chunk.subarray(kvChunkHeaderBytes), sink.crc32c(headerForCrc(chunk), 0), crc)) {
+      this.#corrupted++
+      return
+    }
+    this.#mark(found)
+    this.#taken.add(found.sequence)
+    this.#newest = Math.max(this.#newest, found.sequence)
+    this.#quietSeen = -1
+    this.#bytes += chunk.byteLength
+    if (this.#missingCells === 0) return this.#finish()
+    if (this.#bytes - this.#toldBytes >= this.#options.creditBytes / 4) this.#tell(undefined)
+  }
+
+  #progress(data: Uint8Array): void {
+    if (this.#over && !this.#complete) return
+    this.#heardAtMs = performance.now()
+    try {
+      const { chunks, failure } = KvProgress.decode(data)
+      if (failure !== undefined) return this.fail(this.#fault("disconnected", failure))
+      // Progress and chunks travel on different connections: what was sent is lost only when the sender says it again and
+      // nothing has come in between.
+      this.#seen = this.#quietSeen === chunks ? Math.max(this.#seen, chunks) : this.#seen
+      this.#quietSeen = chunks
+    } catch (error) {
+      return this.fail(Fault.from(error, this.#options.hop))
+    }
+    this.#tell(undefined)
+  }
+
+  /** Sequence numbers that were sent and did not come: chunks keep their order, so a gap below the newest is a loss. */
+  #missing(): Array<number> {
+    const nowMs = performance.now()
+    const missing: Array<number> = []
+    for (let sequence = 0; sequence < Math.max(this.#newest, this.#seen) && missing.length < missingOfMessage; sequence++) {
+      if (this.#taken.has(sequence) || nowMs - (this.#askedAtMs.get(sequence) ?? -Infinity) < limits.kvProgressIntervalMs) continue
+      this.#askedAtMs.set(sequence, nowMs)
+      missing.push(sequence)
+    }
+    return missing
+  }
+
+  #overlaps({ firstLayer, layers, firstBlock, blocks }: ChunkRange): boolean {
+    for (let layer = firstLayer; layer < firstLayer + layers; layer++) {
+      const from = layer * this.#options.blocks + firstBlock - this.#options.firstBlock
+      for (let cell = from; cell < from + blocks; cell++) if (this.#cells[cell] === 1) return true
+    }
+    return false
+  }
+
+  #mark({ firstLayer, layers, firstBlock, blocks }: ChunkRange): void {
+    for (let layer = firstLayer; layer < firstLayer + layers; layer++) {
+      const from = layer * this.#options.blocks + firstBlock - this.#options.firstBlock
+      this.#cells.fill(1, from, from + blocks)
+    }
+    this.#missingCells -= layers * blocks
+  }
+
+  #finish(): void {
+    this.#complete = true
+    this.#tell(undefined)
+    const ms = performance.now() - this.#firstChunkAtMs!
+    this.#outcome.resolve({ chunks: this.#taken.size, bytes: this.#bytes, ms, corrupted: this.#corrupted, duplicates: this.#duplicates })
+    // Its last word may be lost: the sender asks again for a while, and is answered until it is quiet.
+  }
+
+  #watch(): void {
+    const silentMs = performance.now() - this.#heardAtMs
+    if (silentMs <= limits.kvSilenceMs) return
+    if (this.#complete) return this.close()
+    this.fail(this.#fault("deadline_exceeded", `nothing came for ${Math.round(silentMs)} ms`))
+  }
+
+  #tell(failure: string | undefined): void {
+    const { control, cluster, transferId } = this.#options
+    this.#toldBytes = this.#bytes
+    const status = { bytes: this.#bytes, missing: this.#complete ? [] : this.#missing(), complete: this.#complete, failure }
+    try {
+      control.publish(transferSubject(cluster, transferId, "status"), KvStatus.encode(status), { headers: { [header.version]: protocolVersion } })
+    } catch {
+      // Disconnected: onDisconnect ends the transfer.
+    }
+  }
+
+  #fault(code: "disconnected" | "deadline_exceeded", message: string): Fault {
+    return new Fault({ code, message: `KV transfer from ${this.#options.hop}: ${message}`, hop: this.#options.hop })
+  }
+}

@@ -1,0 +1,13 @@
+// EngineOptions and SamplerOptions of kernels/index.ts as C++ values, each field checked by name.
+#pragma once
+
+#include <napi.h>
+
+#include "engine.h"
+
+namespace penstock {
+
+EngineOptions read_engine_options(const Napi::Object& object);
+SamplerOptions read_sampler_options(const Napi::Object& options);
+
+}  // namespace penstock

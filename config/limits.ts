@@ -118,6 +118,8 @@ export const limits = {
   /** Share of the machine's free memory that `kv.blocks: auto` takes at most, and its bound. */
   autoPoolMemoryShare: 0.25,
   autoPoolBytes: 2 * 1024 * 1024 * 1024,
+  /** Longest wait for a component's process to serve, its model loaded. */
+  componentStartDeadlineMs: 120_000,
   /** Time that open streams have to end at shutdown, after which they are told why and closed. */
   shutdownGraceMs: 300,
   /** Time that the rest of an orderly shutdown may take. */

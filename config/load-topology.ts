@@ -6,7 +6,7 @@ import { ConfigError } from "./config-error.ts"
 import { parseModel, type ModelSpec } from "./models.ts"
 import { nearest } from "./nearest.ts"
 import { notYet } from "./not-yet.ts"
-import { roles, Topology } from "./topology.ts"
+import { resolveBus, roles, Topology } from "./topology.ts"
 
 /** What the command line and the environment say; it wins over the file, also after edits. */
 export interface TopologyOverrides {
@@ -181,6 +181,7 @@ export const parseTopology = (text: string, path: string, overrides: TopologyOve
   const keys = written.gateway.keys
   const topology: Topology = {
     ...written,
+    bus: resolveBus(written.bus, dirname(path)),
     gateway: {
       ...written.gateway,
       host: overrides.host ?? written.gateway.host,

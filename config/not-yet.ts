@@ -15,13 +15,11 @@ const eachWorker = (rule: (worker: Topology["workers"][number], at: ReadonlyArra
 
 /** Delete a line when its feature is built; nothing else knows of it. */
 const rules: ReadonlyArray<Rule> = [
-  ({ bus }) => one(bus !== "memory", ["bus"], "memory"),
   ({ gateway }) => one(gateway.replicas > 1, ["gateway", "replicas"], "1"),
   ({ request }) => one(request.replicas > 1, ["request", "replicas"], "1"),
   ({ scheduler }) => one(!["cache-aware", "least-loaded"].includes(scheduler.policy), ["scheduler", "policy"], "cache-aware or least-loaded"),
   ({ scheduler }) => one(scheduler.admission !== "none", ["scheduler", "admission"], "none"),
   ({ scheduler }) => one(scheduler.objectives !== undefined, ["scheduler", "objectives"], "no objectives key"),
-  eachWorker((worker, at) => one(worker.roles.length < 2, [...at, "roles"], "[prefill, decode]")),
   eachWorker((worker, at) => one(worker.device !== "cpu", [...at, "device"], "cpu")),
   eachWorker((worker, at) => one(worker.kv.dtype !== "f16", [...at, "kv", "dtype"], "f16")),
   ({ kvStore }) => one(kvStore.replicas > 1, ["kvStore", "replicas"], "1"),

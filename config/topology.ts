@@ -1,3 +1,4 @@
+import { resolve } from "node:path"
 import { Effect, Schema, SchemaGetter, SchemaIssue } from "effect"
 import { limits } from "./limits.ts"
 import { quantity } from "./quantity.ts"
@@ -44,18 +45,68 @@ const isRecord = (found: unknown): found is Readonly<Record<string, unknown>> =>
 
 const only = (found: Readonly<Record<string, unknown>>, ...keys: ReadonlyArray<string>) => Object.keys(found).every((key) => keys.includes(key))
 
-export type Bus = "memory" | { readonly nats: { readonly url: string; readonly credentials?: string } | { readonly spawn: true } }
+/**
+ * A NATS server and what it wants to see. Everything but the address is the path of a file, so that no secret stands in a
+ * topology, which is shown to whoever asks for it.
+ */
+export interface NatsAddress {
+  /** nats:// or tls:// */
+  readonly url: string
+  /** A .creds file. */
+  readonly credentials?: string
+  /** A file that holds the seed of an nkey. */
+  readonly nkey?: string
+  /** A file that holds a token. */
+  readonly token?: string
+  /** PEM files: who is trusted beside the system's authorities, and this process's own certificate. */
+  readonly tls?: { readonly ca?: string; readonly cert?: string; readonly key?: string }
+}
 
-const bus = field("memory, { nats: { url: …, credentials: … } } or { nats: { spawn: true } }", (found): Bus | undefined => {
+export type Bus = "memory" | { readonly nats: NatsAddress | { readonly spawn: true } }
+
+const isPath = (found: unknown): found is string | undefined => found === undefined || (typeof found === "string" && found !== "")
+
+/** No user or password in it: these would be shown with the topology. */
+const isNatsUrl = (found: unknown): found is string => {
+  if (typeof found !== "string" || !URL.canParse(found)) return false
+  const { protocol, hostname, username, password, pathname } = new URL(found)
+  return (protocol === "nats:" || protocol === "tls:") && hostname !== "" && username === "" && password === "" && (pathname === "" || pathname === "/")
+}
+
+const busForms = "memory, { nats: { spawn: true } } or { nats: { url: nats://HOST:PORT } }, with the paths of files as credentials, nkey or token (one of them) and tls: { ca, cert, key }"
+
+const bus = field(busForms, (found): Bus | undefined => {
   if (found === "memory") return "memory"
   const nats = isRecord(found) && only(found, "nats") ? found["nats"] : undefined
   if (!isRecord(nats)) return undefined
   if (nats["spawn"] === true && only(nats, "spawn")) return { nats: { spawn: true } }
-  const { url, credentials } = nats
-  if (typeof url !== "string" || !URL.canParse(url) || !only(nats, "url", "credentials")) return undefined
-  if (credentials !== undefined && typeof credentials !== "string") return undefined
-  return { nats: credentials === undefined ? { url } : { url, credentials } }
+  const { url, credentials, nkey, token, tls } = nats
+  if (!isNatsUrl(url) || !only(nats, "url", "credentials", "nkey", "token", "tls")) return undefined
+  if (!isPath(credentials) || !isPath(nkey) || !isPath(token)) return undefined
+  if ([credentials, nkey, token].filter((path) => path !== undefined).length > 1) return undefined
+  if (tls === undefined) return { nats: { url, credentials, nkey, token } }
+  if (!isRecord(tls) || !only(tls, "ca", "cert", "key")) return undefined
+  const { ca, cert, key } = tls
+  // A certificate is of no use without its key.
+  if (!isPath(ca) || !isPath(cert) || !isPath(key) || (cert === undefined) !== (key === undefined)) return undefined
+  return { nats: { url, credentials, nkey, token, tls: { ca, cert, key } } }
 })
+
+/** The same with its files' paths absolute, those that are relative starting from `base`. */
+export const resolveBus = (written: Bus, base: string): Bus => {
+  if (written === "memory" || "spawn" in written.nats) return written
+  const from = (path: string | undefined) => (path === undefined ? undefined : resolve(base, path))
+  const { url, credentials, nkey, token, tls } = written.nats
+  return {
+    nats: {
+      url,
+      credentials: from(credentials),
+      nkey: from(nkey),
+      token: from(token),
+      tls: tls === undefined ? undefined : { ca: from(tls.ca), cert: from(tls.cert), key: from(tls.key) },
+    },
+  }
+}
 
 /** The roles a worker can have. */
 export const roles = ["prefill", "decode"] as const

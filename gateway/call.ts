@@ -3,6 +3,7 @@ import { ByteSize, Effect } from "effect"
 import { HttpIncomingMessage, HttpServerResponse, type HttpServerRequest } from "effect/http"
 import type { Scope } from "effect/Scope"
 import { limits } from "../config/limits.ts"
+import type { Members } from "../actors/presence/members.ts"
 import type { Link } from "../actors/runtime/link.ts"
 import type { Admission, Stop } from "./admission.ts"
 import { ApiError, asApiError, invalid, modelNotFound } from "./errors.ts"
@@ -21,6 +22,7 @@ export interface GatewayContext {
   readonly model: ServedModel
   readonly keys: Keys
   readonly admission: Admission
+  readonly members: Members
   readonly ready: () => { readonly ready: boolean; readonly reason?: string }
   readonly keepAliveMs: number
   readonly stallMs: number

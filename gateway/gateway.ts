@@ -7,6 +7,7 @@ import * as NodeHttpServer from "@effect/platform-node/NodeHttpServer"
 import { createServer, type Server } from "node:http"
 import { limits } from "../config/limits.ts"
 import type { Bus } from "../actors/runtime/bus.ts"
+import { Members } from "../actors/presence/members.ts"
 import { Link } from "../actors/runtime/link.ts"
 import { Admission } from "./admission.ts"
 import type { GatewayContext, ServedModel } from "./call.ts"
@@ -62,6 +63,7 @@ export const gateway = (options: GatewayOptions): Effect.Effect<{ readonly url: 
       model: options.model,
       keys: yield* Effect.try({ try: () => keysFor(options), catch: (error) => error as GatewayError }),
       admission: new Admission(bounds.requests),
+      members: yield* Members.listen(options.bus, options.cluster),
       ready: options.ready,
       keepAliveMs: bounds.keepAliveMs,
       stallMs: bounds.stallMs,

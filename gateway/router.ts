@@ -4,6 +4,7 @@ import { Effect, Option } from "effect"
 import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
 import { HttpServerRequest, HttpServerResponse, HttpTraceContext } from "effect/http"
 import type { ServerResponse } from "node:http"
+import { actors } from "./actors-route.ts"
 import { chatCompletions } from "./chat.ts"
 import { attempt, json, type GatewayContext, type Handler } from "./call.ts"
 import { completions } from "./completions.ts"
@@ -24,6 +25,7 @@ interface Route {
 const routes: ReadonlyArray<Route> = [
   { method: "GET", path: "/health", open: true, handler: health },
   { method: "GET", path: "/ready", open: true, handler: ready },
+  { method: "GET", path: "/actors", handler: actors },
   { method: "GET", path: "/v1/models", handler: models },
   { method: "GET", path: "/v1/models/*", handler: oneModel },
   { method: "POST", path: "/v1/chat/completions", handler: chatCompletions },

@@ -5,6 +5,7 @@ import { Cause, Deferred, Effect, Exit, Option, type Scope } from "effect"
 import { limits } from "../config/limits.ts"
 import { node, type NodeOptions, type RunningNode } from "../actors/node/node.ts"
 import type { WorkerError } from "../actors/node/worker.ts"
+import { Members } from "../actors/presence/members.ts"
 import { gateway, type GatewayError } from "./gateway.ts"
 
 export interface Serving extends RunningNode {
@@ -18,6 +19,7 @@ export const serve = (options: NodeOptions): Effect.Effect<Serving, WorkerError 
     const { topology, model } = options
     const { host, port, keys } = topology.gateway
     const running = yield* node(options)
+    const members = yield* Members.listen(running.bus, topology.cluster)
     const listening = yield* gateway({
       bus: running.bus,
       cluster: topology.cluster,
@@ -25,10 +27,22 @@ export const serve = (options: NodeOptions): Effect.Effect<Serving, WorkerError 
       port,
       keysFile: keys ?? undefined,
       model: { id: model.name, created: Math.floor(Date.now() / 1000), ownedBy: "penstock", contextLength: running.contextTokens },
-      ready: () => ({ ready: running.workers.size === topology.workers.length }),
+      ready: () => {
+        const serving = members.all.filter(({ kind }) => kind === "worker").map(({ id }) => id)
+        const missing = topology.workers.flatMap(({ name }) => (serving.includes(name) ? [] : [name]))
+        return missing.length === 0 ? { ready: true } : { ready: false, reason: `workers that do not serve now: ${missing.join(", ")}` }
+      },
     })
     return { ...running, ...listening }
   })
+
+/** What the workers of this process run on; those of others say it at /actors. */
+const details = (workers: RunningNode["workers"]): string => {
+  const [first] = workers.values()
+  if (first === undefined) return ""
+  const { isa, threads, blocks, blockTokens } = first.kernels.info
+  return ` (${isa}, ${threads} threads, KV for ${blocks * blockTokens} tokens)`
+}
 
 const signalled: Effect.Effect<string> = Effect.callback((resume) => {
   const handlers = (["SIGINT", "SIGTERM"] as const).map((signal) => {
@@ -45,10 +59,8 @@ export const up = async (options: NodeOptions): Promise<number> => {
   const stopping = Deferred.makeUnsafe<void>()
   const main = Effect.gen(function* () {
     const { url, workers } = yield* serve(options)
-    const { kernels } = [...workers.values()][0]!
-    const { isa, threads, blocks, blockTokens } = kernels.info
     const seconds = ((performance.now() - startedAtMs) / 1000).toFixed(1)
-    process.stdout.write(`Penstock serves ${options.model.name} at ${url} (${isa}, ${threads} threads, KV for ${blocks * blockTokens} tokens)\n`)
+    process.stdout.write(`Penstock serves ${options.model.name} at ${url}${details(workers)}\n`)
     process.stdout.write(`ready after ${seconds} s; stop with Ctrl-C\n`)
     const signal = yield* signalled
     process.stdout.write(`${signal}: stopping\n`)

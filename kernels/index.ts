@@ -65,6 +65,8 @@ export interface EngineInfo {
   readonly blockTokens: number
   /** Bytes of one exported block: layers x 2 x kvHeads x blockTokens x headDim x 2 (f16). */
   readonly blockBytes: number
+  /** Bytes of one layer of one exported block: blockBytes / layers. */
+  readonly layerBlockBytes: number
   readonly isa: InstructionSet
   readonly threads: number
 }
@@ -124,6 +126,7 @@ interface Addon {
     tensors: Array<GgufTensor>
   }>
   loadEngine(options: EngineOptions): Promise<NativeEngine>
+  crc32c(bytes: Uint8Array, seed: number, isa?: InstructionSet): number
   bestInstructionSet(): InstructionSet
   readonly numericsVersion: number
 }
@@ -133,9 +136,9 @@ interface NativeEngine {
   createSampler(options: SamplerOptions, prompt: Int32Array, output: Int32Array): number
   freeSampler(id: number): void
   samplers(): number
-  step(batch: Batch): Promise<StepResult>
-  exportBlock(block: number, into: Uint8Array): void
-  importBlock(block: number, from: Uint8Array): void
+  step(batch: Batch, onLayer?: (layer: number) => void): Promise<StepResult>
+  exportLayers(blocks: Int32Array, firstLayer: number, layers: number, into: Uint8Array, offset: number, seed: number): number
+  importLayers(blocks: Int32Array, firstLayer: number, layers: number, from: Uint8Array, offset: number, seed: number, crc: number): boolean
   copyBlock(from: number, to: number): void
   close(): Promise<void>
 }
@@ -167,6 +170,12 @@ export const bestInstructionSet = (): InstructionSet => load().bestInstructionSe
 
 /** Version of the numerics: a change of any bit of any result raises it. Part of the KV format id. */
 export const numericsVersion = (): number => load().numericsVersion
+
+/**
+ * CRC-32C (Castagnoli, RFC 3720) of bytes that follow what `seed` is the CRC of; 0 for the first:
+ * crc32c(b, crc32c(a, 0)) equals crc32c(ab, 0). Unsigned, 32 bits. `isa` limits the instruction set, as in EngineOptions.
+ */
+export const crc32c = (bytes: Uint8Array, seed: number, isa?: InstructionSet): number => load().crc32c(bytes, seed, isa)
 
 /**
  * A model, its repacked weights and its KV pool on one device. One step runs at a time; a second call before the first
@@ -206,21 +215,44 @@ export class Engine {
     return this.#native.samplers()
   }
 
-  /** Runs one step off the event loop: writes the rows' KV into their blocks, then draws or scores each output. */
-  step(batch: Batch): Promise<StepResult> {
-    return this.#native.step(batch)
+  /**
+   * Runs one step off the event loop: writes the rows' KV into their blocks, then draws or scores each output.
+   *
+   * `onLayer` is called for every layer in order, soon after the KV of all rows is in the pool there and while the step goes on
+   * with later layers; that layer of their blocks may be exported from then on. All calls come before the promise settles. If
+   * one throws there are no more, and the step rejects with what was thrown when it has ended: its KV is written and its
+   * tokens are drawn all the same.
+   */
+  step(batch: Batch, onLayer?: (layer: number) => void): Promise<StepResult> {
+    return this.#native.step(batch, onLayer)
+  }
+
+  /**
+   * Copies layers of these blocks to `offset` of `into` in the wire layout [layer][block][K|V][kv head][token][head dim] f16
+   * little-endian, blocks.length x layers x `info.layerBlockBytes` long. Returns their CRC-32C, continued from `seed`.
+   */
+  exportLayers(blocks: Int32Array, firstLayer: number, layers: number, into: Uint8Array, offset: number, seed: number): number {
+    return this.#native.exportLayers(blocks, firstLayer, layers, into, offset, seed)
+  }
+
+  /**
+   * The inverse of `exportLayers`. False where the CRC-32C of those bytes, continued from `seed`, is not `crc`; what the blocks
+   * hold is then undefined. Not while a step that uses them is in flight.
+   */
+  importLayers(blocks: Int32Array, firstLayer: number, layers: number, from: Uint8Array, offset: number, seed: number, crc: number): boolean {
+    return this.#native.importLayers(blocks, firstLayer, layers, from, offset, seed, crc)
   }
 
   /** Copies a block out in the wire layout [layer][K|V][kv head][token][head dim] f16 little-endian, `info.blockBytes` long. */
   exportBlock(block: number, into: Uint8Array): void {
     this.#checkBlock(block, into)
-    this.#native.exportBlock(block, into)
+    this.#native.exportLayers(Int32Array.of(block), 0, this.info.layers, into, 0, 0)
   }
 
   /** The inverse of `exportBlock`. */
   importBlock(block: number, from: Uint8Array): void {
     this.#checkBlock(block, from)
-    this.#native.importBlock(block, from)
+    this.#native.importLayers(Int32Array.of(block), 0, this.info.layers, from, 0, 0, 0) // written whatever its CRC, with which there is nothing to compare
   }
 
   /** Copies all layers of a block, for copy-on-write. Not while a step that writes `from` or reads `to` is in flight. */

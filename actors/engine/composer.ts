@@ -23,7 +23,7 @@ const isDecode = (sequence: Sequence): boolean => sequence.pending === 1 && sequ
 
 /** `running` in order of arrival; sequences whose request has not begun, or whose reader is behind, are left out. */
 export const compose = (running: ReadonlyArray<Sequence>, budget: Budget): Array<Chunk> => {
-  const ready = running.filter(({ group }) => group.prefill !== undefined && !group.paused)
+  const ready = running.filter(({ group }) => group.prefill !== undefined && !group.held && !group.paused)
   const chunks: Array<Chunk> = ready
     .filter(isDecode)
     .slice(0, Math.min(budget.tokens, budget.outputs))

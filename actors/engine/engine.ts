@@ -9,7 +9,9 @@
 import { limits } from "../../config/limits.ts"
 import type { Engine as Kernels, StepResult } from "../../kernels/index.ts"
 import { Fault } from "../runtime/fault.ts"
+import type { TokenEvent } from "../messages/decode.ts"
 import type { BlockHash } from "../messages/hashes.ts"
+import type { ChunkRange } from "../messages/kv-chunk.ts"
 import { BlockManager, type BlockEvents } from "./block-manager.ts"
 import { composeBatch, readOutput, type Output } from "./batch.ts"
 import { compose, type Budget, type Chunk } from "./composer.ts"
@@ -25,8 +27,11 @@ export interface EngineOptions {
   readonly budget?: Partial<Budget>
 }
 
+/** Stands in for the prefill sink of a generation whose prompt was computed elsewhere. */
+const adopted: PrefillSink = { scores: () => {}, token: () => {}, done: () => {}, failed: () => {} }
+
 /** What the engine needs of kernels' Engine. */
-export type StepKernels = Pick<Kernels, "info" | "createSampler" | "freeSampler" | "step" | "exportBlock" | "importBlock" | "copyBlock">
+export type StepKernels = Pick<Kernels, "info" | "createSampler" | "freeSampler" | "step" | "exportBlock" | "importBlock" | "exportLayers" | "importLayers" | "copyBlock">
 
 export class Engine {
   readonly blocks: BlockManager
@@ -46,7 +51,7 @@ export class Engine {
   readonly broken: Promise<Error>
   #break: (error: Error) => void = () => {}
   /** Totals since the start. */
-  readonly counters = { steps: 0, promptTokens: 0, cachedTokens: 0, outputTokens: 0, computeMs: 0 }
+  readonly counters = { steps: 0, promptTokens: 0, cachedTokens: 0, outputTokens: 0, computeMs: 0, prefillMs: 0 }
 
   constructor(kernels: StepKernels, options: EngineOptions) {
     this.#kernels = kernels
@@ -115,6 +120,7 @@ export class Engine {
     if (group === undefined || group.cancelled) throw new Fault({ code: "unavailable", message: `${this.#options.name} has no reservation ${id}`, hop: this.#options.name })
     if (group.prefill !== undefined) throw new Fault({ code: "invalid_request", message: `the prompt of ${id} is being computed already`, hop: this.#options.name })
     group.prefill = sink
+    group.reportedBlocks = this.computedBlocks(id)
     this.#notify()
   }
 
@@ -150,6 +156,58 @@ export class Engine {
     const bytes = new Uint8Array(this.#kernels.info.blockBytes)
     this.#kernels.exportBlock(block, bytes)
     return bytes
+  }
+
+  /** Leading blocks of a generation whose KV is in the pool. */
+  computedBlocks(id: string): number {
+    return Math.floor((this.#groups.get(id)?.sequences[0]?.computed ?? 0) / this.blockTokens)
+  }
+
+  /** Blocks that a generation's tokens fill, the last one perhaps in part. */
+  neededBlocks(id: string): number {
+    return Math.ceil((this.#groups.get(id)?.sequences[0]?.length ?? 0) / this.blockTokens)
+  }
+
+  /** Writes KV of a generation as a chunk's payload and returns its CRC-32C, continued from `seed`. Throws when it is gone. */
+  exportLayers(id: string, range: ChunkRange, into: Uint8Array, offset: number, seed: number): number {
+    return this.#kernels.exportLayers(this.#blocksOf(id, range), range.firstLayer, range.layers, into, offset, seed)
+  }
+
+  /** Takes KV of a reservation that has not begun; false where the CRC does not match. Throws when it is gone. */
+  importLayers(id: string, range: ChunkRange, payload: Uint8Array, seed: number, crc: number): boolean {
+    if (this.#groups.get(id)?.prefill !== undefined) throw this.#gone(id)
+    return this.#kernels.importLayers(this.#blocksOf(id, range), range.firstLayer, range.layers, payload, 0, seed, crc)
+  }
+
+  /** Takes over a reservation whose KV has come whole, with the first tokens that were drawn where it was computed. */
+  adopt(id: string, first: ReadonlyArray<TokenEvent>): void {
+    const group = this.#groups.get(id)
+    const leader = group?.sequences[0]
+    if (group === undefined || leader === undefined || group.cancelled || group.prefill !== undefined || !leader.running) throw this.#gone(id)
+    leader.computed = leader.length
+    leader.hashUpTo(leader.length, this.blockTokens)
+    for (let place = 0; (place + 1) * this.blockTokens <= leader.length; place++) this.blocks.seal(leader.table[place]!, leader.hashes[place]!)
+    const choices = Array.from({ length: group.unforked }, (_, i) => i + 1)
+    for (const choice of choices) this.#fork(leader, choice)
+    group.samplers.forEach((_, choice) => this.#freeSampler(group, choice)) // they are made again with what was drawn
+    group.prefill = adopted
+    group.prefillDone = true
+    for (const { choice, token, finish } of first) {
+      const sequence = group.sequences.find((other) => other.choice === choice)
+      sequence?.append(token)
+      if (finish !== "" && sequence !== undefined) this.#finish(sequence)
+    }
+    this.#notify()
+  }
+
+  #gone(id: string): Fault {
+    return new Fault({ code: "unavailable", message: `${this.#options.name} has no reservation ${id} that waits for KV`, hop: this.#options.name })
+  }
+
+  #blocksOf(id: string, { firstBlock, blocks }: ChunkRange): Int32Array {
+    const table = this.#groups.get(id)?.sequences[0]?.table ?? []
+    if (firstBlock + blocks > table.length) throw this.#gone(id)
+    return Int32Array.from(table.slice(firstBlock, firstBlock + blocks))
   }
 
   /** Ends one choice, whose text is complete: now, or at the end of the step in flight. */
@@ -222,9 +280,23 @@ export class Engine {
   async #step(chunks: ReadonlyArray<Chunk>): Promise<void> {
     const { batch, outputs } = composeBatch(chunks, (sequence, choice) => this.#samplerOf(sequence, choice))
     this.#stepping = true
-    const result = await this.#kernels.step(batch)
+    const result = await this.#kernels.step(batch, this.#layerEvents(chunks))
     this.#stepping = false
     this.#apply(chunks, outputs, result)
+  }
+
+  /** Tells prefill sinks of each layer of the blocks that this step completes. */
+  #layerEvents(chunks: ReadonlyArray<Chunk>): ((layer: number) => void) | undefined {
+    const reports = chunks.flatMap(({ sequence, tokens }) => {
+      const { group } = sequence
+      if (group.prefill?.layer === undefined || group.prefillDone) return []
+      const end = sequence.computed + tokens
+      const complete = end === sequence.length ? Math.ceil(end / this.blockTokens) : Math.floor(end / this.blockTokens)
+      const from = group.reportedBlocks
+      group.reportedBlocks = complete
+      return complete > from ? [{ sink: group.prefill, from, blocks: complete - from }] : []
+    })
+    return reports.length === 0 ? undefined : (layer) => reports.forEach(({ sink, from, blocks }) => sink.layer?.(layer, from, blocks))
   }
 
   /** At a step's boundary: what was cancelled or stopped while it ran. */
@@ -246,17 +318,21 @@ export class Engine {
     }
   }
 
-  #samplerOf({ group: { spec, samplers } }: Sequence, choice: number): number {
+  #samplerOf(sequence: Sequence, choice: number): number {
+    const { spec, samplers } = sequence.group
     return (samplers[choice] ??= this.#kernels.createSampler(
       { ...spec.sampling, suppressedTokens: spec.suppressedTokens, choice },
       spec.prompt,
-      spec.delivered[choice] ?? new Int32Array(0),
+      sequence.tokens(spec.prompt.length, sequence.length).slice(),
     ))
   }
 
   #apply(chunks: ReadonlyArray<Chunk>, outputs: ReadonlyArray<Output>, result: StepResult): void {
     this.counters.steps++
     this.counters.computeMs += result.computeMs
+    const rows = chunks.reduce((sum, { tokens }) => sum + tokens, 0)
+    const prefillRows = chunks.reduce((sum, { sequence, tokens }) => sum + (sequence.group.prefillDone ? 0 : tokens), 0)
+    this.counters.prefillMs += (result.computeMs * prefillRows) / rows
     for (const { sequence, tokens } of chunks) {
       const sealed = Math.floor(sequence.computed / this.blockTokens)
       sequence.computed += tokens
@@ -266,9 +342,12 @@ export class Engine {
     }
     this.#reportScores(outputs, result)
     // All choices fork before any of them draws, since one that ends at once gives its blocks back.
-    const drawing = outputs.map(({ sequence, draws }) => (draws === undefined || draws === sequence.choice ? sequence : this.#fork(sequence, draws)))
+    const drawing = outputs.map(({ sequence, draws }) =>
+      draws === undefined || draws === sequence.choice || sequence.group.spec.prefillOnly === true ? sequence : this.#fork(sequence, draws),
+    )
     outputs.forEach(({ draws }, index) => {
       const sequence = drawing[index]!
+      if (draws !== undefined && sequence.group.spec.prefillOnly === true) return this.#drawFirst(sequence, draws, readOutput(result, index, sequence.group.spec.logprobs))
       if (draws !== undefined && !sequence.group.cancelled && !sequence.stopped) this.#draw(sequence, readOutput(result, index, sequence.group.spec.logprobs))
     })
     for (const { sequence } of chunks) this.#finishPrefill(sequence.group)
@@ -280,14 +359,23 @@ export class Engine {
     return fork
   }
 
+  /** The first token of a choice that is decoded elsewhere. */
+  #drawFirst({ group, outputLength, length }: Sequence, choice: number, drawn: ReturnType<typeof readOutput>): void {
+    group.drawn = true
+    group.prefill?.token({ ...drawn, choice, index: outputLength, finish: this.#finishOf(group, drawn.token, outputLength + 1, length + 1) })
+  }
+
+  #finishOf({ spec }: Group, token: number, outputLength: number, length: number): TokenEvent["finish"] {
+    if (spec.stopTokens.has(token)) return "stop"
+    return outputLength >= spec.maxTokens || length >= this.#kernels.info.contextLength ? "length" : ""
+  }
+
   #draw(sequence: Sequence, drawn: ReturnType<typeof readOutput>): void {
     const { group } = sequence
-    const { spec } = group
     const index = sequence.outputLength
     sequence.append(drawn.token)
     this.counters.outputTokens++
-    const full = sequence.outputLength >= spec.maxTokens || sequence.length >= this.#kernels.info.contextLength
-    const finish = spec.stopTokens.has(drawn.token) ? "stop" : full ? "length" : ""
+    const finish = this.#finishOf(group, drawn.token, sequence.outputLength, sequence.length)
     const event = { ...drawn, choice: sequence.choice, index, finish } as const
     if (group.prefillDone) group.sink.token(event)
     else group.prefill?.token(event)
@@ -305,7 +393,7 @@ export class Engine {
   #finishPrefill(group: Group): void {
     if (group.cancelled || !this.#groups.has(group.spec.id)) return
     const hasDrawn = (sequence: Sequence) => sequence.finished || sequence.outputLength > (group.spec.delivered[sequence.choice]?.length ?? 0)
-    const begun = group.sequences.some(hasDrawn) && group.sequences.every((sequence) => !sequence.running || hasDrawn(sequence))
+    const begun = group.drawn || (group.sequences.some(hasDrawn) && group.sequences.every((sequence) => !sequence.running || hasDrawn(sequence)))
     const scoredOnly = group.spec.maxTokens === 0 && group.sequences.every(({ pending }) => pending === 0)
     if (!group.prefillDone && (begun || scoredOnly)) {
       group.prefillDone = true
@@ -313,6 +401,7 @@ export class Engine {
       this.counters.cachedTokens += group.cachedTokens
       group.prefill?.done(group.cachedTokens, group.computedTokens)
     }
+    if (group.spec.prefillOnly === true) return // its blocks stay until they are taken over
     if (scoredOnly || group.sequences.every(({ finished }) => finished)) {
       this.#drop(group)
       group.sink.ended()

@@ -129,8 +129,9 @@ export class SequenceQueue {
     while (sequence.running && !isOwn()) {
       const block = this.#options.blocks.allocate()
       if (block !== undefined) return block
-      // Reservations that have not begun are left alone: KV may be arriving for them.
-      this.#preempt(this.running.findLast(({ group }) => group.paused) ?? this.running.findLast(({ group }) => group.prefill !== undefined) ?? sequence)
+      // Where KV is arriving or leaving, the blocks have to stay.
+      const mayGive = ({ group }: Sequence) => group.prefill !== undefined && group.spec.prefillOnly !== true
+      this.#preempt(this.running.findLast((other) => mayGive(other) && other.group.paused) ?? this.running.findLast(mayGive) ?? sequence)
     }
     return undefined
   }

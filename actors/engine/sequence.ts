@@ -27,6 +27,8 @@ export interface GenerationSpec {
   /** Top log probabilities of each token; -1: none at all. */
   readonly logprobs: number
   readonly promptLogprobs: boolean
+  /** Compute the prompt and draw the first tokens only, and hold the blocks until it is cancelled: others decode. */
+  readonly prefillOnly?: boolean
 }
 
 /**
@@ -48,6 +50,8 @@ export interface PrefillSink {
   token(event: TokenEvent): void
   done(cachedTokens: number, computedTokens: number): void
   failed(fault: Fault): void
+  /** KV of one layer of these blocks, as places in the table, is complete. Called while the step goes on. */
+  layer?(layer: number, firstBlock: number, blocks: number): void
 }
 
 export class Group {
@@ -62,6 +66,10 @@ export class Group {
   reserved = false
   prefillDone = false
   cancelled = false
+  /** The first tokens of a prompt that others decode are drawn. */
+  drawn = false
+  /** Blocks whose layers have been reported to the prefill sink. */
+  reportedBlocks = 0
   cachedTokens = 0
   computedTokens = 0
   /** Prompt positions below this have been scored. */
@@ -79,6 +87,11 @@ export class Group {
   /** Its reader is behind: none of its choices draws until it has caught up. */
   get paused(): boolean {
     return this.prefillDone && !this.sink.writable()
+  }
+
+  /** It has drawn its first tokens and only waits to be taken over. */
+  get held(): boolean {
+    return this.prefillDone && this.spec.prefillOnly === true
   }
 
   /** Choices that have no sequence of their own yet. */

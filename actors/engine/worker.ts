@@ -1,6 +1,9 @@
 /**
- * What the prefill and the decode role of one worker share: its engine, its name, and the format of its KV.
+ * What the prefill and the decode role of one worker share: its engine, its name, the format of its KV, and the transfers
+ * that it takes part in.
  */
+import type { KvDtype } from "../messages/kv-chunk.ts"
+import type { TransferTotals } from "../messages/presence.ts"
 import type { Engine } from "./engine.ts"
 
 export interface Worker {
@@ -9,6 +12,18 @@ export interface Worker {
   readonly epoch: number
   readonly engine: Engine
   readonly formatId: string
+  readonly kv: KvLayout
+  /** By transfer id: how to stop waiting for KV, where it is to be computed here after all. */
+  readonly receiving: Map<string, () => void>
+  readonly totals: { -readonly [K in keyof TransferTotals]: TransferTotals[K] }
+}
+
+export interface KvLayout {
+  readonly layers: number
+  readonly dtype: KvDtype
+  readonly blockTokens: number
+  /** Bytes of one layer of one block. */
+  readonly layerBlockBytes: number
 }
 
 /** Names what stored KV depends on besides its hash: another model, dtype, block size, numerics or device never matches. */

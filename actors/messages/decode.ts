@@ -12,6 +12,8 @@ const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
 export const SequenceMessage = Schema.Struct({
   requestId: Schema.String,
   attempt: count,
+  /** The worker that computes the prompt, where it is another than the one that decodes: its KV comes by transfer. */
+  prefillWorker: Schema.optional(Schema.String),
   /** Names what KV depends on besides the tokens; blocks of another format are refused. */
   formatId: Schema.String,
   /** Root of the chained block hashes: model and tenant. */
@@ -53,6 +55,8 @@ export const Transfer = Schema.Struct({
   formatId: Schema.String,
   /** Leading tokens that decode holds already. */
   prefixTokens: count,
+  /** Bytes of chunks that decode lets be on their way. */
+  creditBytes: count,
 })
 export type Transfer = typeof Transfer.Type
 

@@ -1,28 +1,20 @@
 /**
- * Brings up what a topology says runs here, but for the gateway: store and scheduler first, then workers and request
- * actors; down in the opposite order, each when its Scope closes.
+ * Brings up what a topology says runs here, but for the gateway, and takes it down in the opposite order. On the memory bus
+ * every component shares this process; on NATS each has its own, under a supervisor here.
  */
-import { availableParallelism } from "node:os"
-import { Effect, type Scope } from "effect"
+import { Effect, Exit, Scope } from "effect"
 import { readEnv } from "../../config/env.ts"
-import { limits } from "../../config/limits.ts"
-import type { Topology } from "../../config/topology.ts"
-import { numericsVersion, readGguf } from "../../kernels/index.ts"
-import type { Bus } from "../runtime/bus.ts"
-import { Link } from "../runtime/link.ts"
+import type { NatsAddress, Topology } from "../../config/topology.ts"
+import type { Bus, Buses } from "../runtime/bus.ts"
 import { MemoryBus } from "../runtime/memory-bus.ts"
+import { connectBuses } from "../runtime/nats-bus.ts"
 import { supervise } from "../runtime/supervisor.ts"
-import { kvFormatId } from "../engine/worker.ts"
-import { kvStoreActor } from "../kv-store/kv-store.ts"
-import { ChatTemplate } from "../request/chat-template.ts"
-import type { ServedModel } from "../request/prepare.ts"
-import { requestActor } from "../request/request.ts"
-import { Tokenizer } from "../request/tokenizer.ts"
-import { isPolicyName } from "../scheduler/policy.ts"
-import { schedulerActor } from "../scheduler/scheduler.ts"
+import { inboxPrefix } from "../messages/subjects.ts"
+import { componentProcess } from "./component-process.ts"
+import { componentsOf, contextTokensOf, runComponent, type Component } from "./component.ts"
 import type { ResolvedModel } from "./fetch-model.ts"
-import { planKv } from "./kv-plan.ts"
-import { worker, WorkerError, type RunningWorker } from "./worker.ts"
+import { superviseNatsServer } from "./nats-server.ts"
+import { WorkerError, type RunningWorker } from "./worker.ts"
 
 export interface NodeOptions {
   readonly topology: Topology
@@ -30,66 +22,58 @@ export interface NodeOptions {
 }
 
 export interface RunningNode {
+  /** The gateway's connection. */
   readonly bus: Bus
-  /** By name; a worker that is being restarted is the last one that ran. */
+  /** Workers in this process, by name; one that is being restarted is the last one that ran. */
   readonly workers: ReadonlyMap<string, RunningWorker>
   /** Most tokens of a sequence. */
   readonly contextTokens: number
 }
 
-/** Runs a topology's actors until the Scope closes. */
+/** Runs a topology's components until the Scope closes. */
 export const node = (options: NodeOptions): Effect.Effect<RunningNode, WorkerError, Scope.Scope> =>
   Effect.gen(function* () {
     const { topology, model } = options
-    const { cluster } = topology
     const env = readEnv()
-    const bus = yield* Effect.acquireRelease(Effect.sync(() => new MemoryBus()), (made) => Effect.promise(() => made.close()))
-    const link = (sender: string) => new Link(bus, sender, Date.now())
-    const attempt = <A>(run: () => A) => Effect.try({ try: run, catch: (error) => new WorkerError(error instanceof Error ? error.message : String(error)) })
-
-    const { policy } = topology.scheduler
-    if (!isPolicyName(policy)) return yield* Effect.fail(new WorkerError(`scheduler.policy: ${policy} is not available`))
-    yield* kvStoreActor({ link: link("kv-store k0"), cluster, id: "k0", memoryBytes: topology.kvStore.memory })
-    yield* schedulerActor({ link: link("scheduler s0"), cluster, policy, queue: topology.scheduler.queue })
-
-    const gguf = yield* Effect.tryPromise({ try: () => readGguf(model.path), catch: (error) => new WorkerError((error as Error).message) })
-    const running = new Map<string, RunningWorker>()
-    const share = topology.workers.length
-    const threads = env.threads ?? Math.max(1, Math.floor(availableParallelism() / share))
-    const { blockTokens, dtype } = topology.workers[0]!.kv
-    const formatId = kvFormatId({ modelDigest: model.sha256, dtype, blockTokens, numericsVersion: numericsVersion(), device: "cpu" })
-    const plans = yield* attempt(() =>
-      topology.workers.map(({ kv, maxBatch }) => planKv(gguf, { blocks: kv.blocks, blockTokens: kv.blockTokens, maxBatch, freeBytes: process.availableMemory() / share })),
+    const nats = yield* natsAddress(topology)
+    const buses = yield* connect(topology, nats)
+    const workers = new Map<string, RunningWorker>()
+    const start = (component: Component) => {
+      let epoch = Date.now()
+      return supervise(`${component.kind} ${component.id}`, (ready) =>
+        nats === undefined
+          ? runComponent(component, epoch++, { topology, model, env, buses, onWorker: (running) => workers.set(component.id, running) }, ready)
+          : componentProcess({ component, topology, model, nats }, ready),
+      )
+    }
+    // All start at once; each stage has a Scope of its own, so that they end one after the other, requests first.
+    const stages = yield* Effect.forEach(componentsOf(topology), (components) =>
+      Effect.map(Effect.acquireRelease(Scope.make("parallel"), (scope) => Scope.close(scope, Exit.void)), (scope) => ({ scope, components })),
     )
-    const startWorkers = Effect.forEach(
-      topology.workers,
-      ({ name, roles, maxBatch, threads: wanted }, index) => {
-        let epoch = Date.now()
-        const { blocks, contextTokens } = plans[index]!
-        const kernels = {
-          path: model.path,
-          blocks,
-          blockTokens,
-          threads: wanted === "auto" ? threads : wanted,
-          isa: env.isa,
-          maxRows: limits.stepTokens,
-          maxOutputs: limits.stepOutputs,
-          maxContext: contextTokens,
-        }
-        return supervise(`worker ${name}`, (ready) =>
-          worker({ bus, cluster, id: name, roles, maxBatch, formatId, kernels }, epoch++, (made) => Effect.andThen(Effect.sync(() => running.set(name, made)), ready)),
-        )
-      },
+    yield* Effect.forEach(
+      stages.flatMap(({ scope, components }) => components.map((component) => ({ scope, component }))),
+      ({ scope, component }) => Scope.provide(start(component), scope),
       { concurrency: "unbounded", discard: true },
     )
-    // The tokenizer is built here while the weights are loaded and repacked off this thread.
-    const makeModel = attempt((): ServedModel => {
-      const tokenizer = new Tokenizer(gguf.metadata)
-      const template = new ChatTemplate(gguf.metadata, tokenizer)
-      const contextTokens = Math.max(...plans.map((plan) => plan.contextTokens))
-      return { tokenizer, template, modelDigest: model.sha256, formatId, blockTokens, contextTokens }
-    })
-    const [, served] = yield* Effect.all([startWorkers, Effect.andThen(Effect.sleep(1), makeModel)], { concurrency: "unbounded" })
-    yield* requestActor({ link: link("request r0"), cluster, id: "r0", model: served })
-    return { bus, workers: running, contextTokens: served.contextTokens }
+    return { bus: buses.control, workers, contextTokens: yield* contextTokensOf(options) }
   })
+
+/** The server to connect to: of the topology, or one that is supervised here; undefined on the memory bus. */
+const natsAddress = ({ bus }: Topology): Effect.Effect<NatsAddress | undefined, WorkerError, Scope.Scope> => {
+  if (bus === "memory") return Effect.succeed(undefined)
+  if (!("spawn" in bus.nats)) return Effect.succeed(bus.nats)
+  return superviseNatsServer({}).pipe(Effect.mapError((error) => new WorkerError(error.message)))
+}
+
+const connect = ({ cluster }: Topology, nats: NatsAddress | undefined): Effect.Effect<Buses, WorkerError, Scope.Scope> =>
+  Effect.acquireRelease(
+    Effect.tryPromise({
+      try: async (): Promise<Buses> => {
+        if (nats !== undefined) return connectBuses({ ...nats, name: "gateway g0", inboxPrefix: inboxPrefix(cluster, "gateway", "g0") })
+        const memory = new MemoryBus()
+        return { control: memory, bulk: memory }
+      },
+      catch: (error) => new WorkerError(error instanceof Error ? error.message : String(error)),
+    }),
+    ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])),
+  )

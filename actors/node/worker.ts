@@ -5,10 +5,12 @@
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
 import { Engine as Kernels, type EngineOptions } from "../../kernels/index.ts"
-import type { Bus } from "../runtime/bus.ts"
+import type { Buses } from "../runtime/bus.ts"
 import { Link } from "../runtime/link.ts"
 import { Heartbeat, Leave, type HeartbeatMessage, type Role } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
+import { announce } from "../presence/announce.ts"
+import type { KvDtype } from "../messages/kv-chunk.ts"
 import { decodeActor } from "../decode/decode.ts"
 import { StoreWriter } from "../decode/store-writer.ts"
 import { Engine } from "../engine/engine.ts"
@@ -17,12 +19,13 @@ import { prefillActor } from "../prefill/prefill.ts"
 import { KvEventLog } from "./kv-event-log.ts"
 
 export interface WorkerOptions {
-  readonly bus: Bus
+  readonly buses: Buses
   readonly cluster: string
   readonly id: string
   readonly roles: ReadonlyArray<Role>
   readonly maxBatch: number
   readonly formatId: string
+  readonly dtype: KvDtype
   readonly kernels: EngineOptions
 }
 
@@ -42,8 +45,8 @@ const asError = (error: unknown): WorkerError => new WorkerError(error instanceo
 /** Runs a worker of this epoch until it breaks. `serving` is called when its actors listen. */
 export const worker = (options: WorkerOptions, epoch: number, serving: (running: RunningWorker) => Effect.Effect<void>): Effect.Effect<never, WorkerError, Scope.Scope> =>
   Effect.gen(function* () {
-    const { bus, cluster, id, roles, maxBatch, formatId } = options
-    const link = (role: string) => new Link(bus, `${role} ${id}`, epoch)
+    const { buses, cluster, id, roles, maxBatch, formatId, dtype } = options
+    const link = (role: string) => new Link(buses.control, `${role} ${id}`, epoch)
     const kernels = yield* Effect.acquireRelease(Effect.tryPromise({ try: () => Kernels.load(options.kernels), catch: asError }), (loaded) => Effect.promise(() => loaded.close()))
     const events = new KvEventLog()
     const storeWriter = new StoreWriter()
@@ -64,9 +67,19 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
       ),
       (made) => Effect.promise(() => made.close()),
     )
-    const made: Worker = { id, epoch, engine, formatId }
-    if (roles.includes("prefill")) yield* prefillActor({ link: link("prefill"), cluster, worker: made, nextEventId: () => events.nextEventId })
-    if (roles.includes("decode")) yield* decodeActor({ link: link("decode"), cluster, worker: made })
+    const { layers, blockTokens, layerBlockBytes } = kernels.info
+    const made: Worker = {
+      id,
+      epoch,
+      engine,
+      formatId,
+      kv: { layers, dtype, blockTokens, layerBlockBytes },
+      receiving: new Map(),
+      totals: { completed: 0, failed: 0, fallbacks: 0, bytes: 0, ms: 0 },
+    }
+    // Roles say where the scheduler places. A worker that only decodes still computes a prompt whose prefill has failed.
+    yield* prefillActor({ link: link("prefill"), buses, cluster, worker: made, nextEventId: () => events.nextEventId })
+    if (roles.includes("decode")) yield* decodeActor({ link: link("decode"), buses, cluster, worker: made })
     yield* storeWriter.run({ link: link("store-writer"), cluster, worker: made })
     yield* events.run({ link: link("worker"), cluster, worker: id, epoch })
 
@@ -80,6 +93,24 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
     yield* Effect.addFinalizer(() => Effect.ignore(link("worker").tell(Leave, scheduler(Leave.verb), { worker: id, epoch })))
     yield* beat
     yield* Effect.forkScoped(Effect.forever(Effect.andThen(Effect.sleep(limits.heartbeatIntervalMs), beat)))
+    yield* announce({
+      link: link("worker"),
+      cluster,
+      kind: "worker",
+      id,
+      worker: () => {
+        const { sequences, waiting, preemptions } = engine.load
+        const { promptTokens, cachedTokens, prefillMs } = engine.counters
+        return {
+          roles: [...roles],
+          device: "cpu",
+          load: { sequences, waiting, maxBatch, preemptions },
+          kv: { blocks: engine.blocks.total, freeBlocks: engine.blocks.available, blockTokens, bytesPerToken: kernels.info.blockBytes / blockTokens, dtype, format: formatId },
+          prefillTokPerS: prefillMs === 0 ? undefined : ((promptTokens - cachedTokens) * 1000) / prefillMs,
+          transfers: made.totals,
+        }
+      },
+    })
     yield* serving({ worker: made, kernels })
     return yield* Effect.flatMap(Effect.promise(() => engine.broken), (error) => Effect.fail(asError(error)))
   })

@@ -1,20 +1,28 @@
 /**
  * The prefill actor: computes prompts into the reservations that decode has opened. It looks for the longest prefix that
- * is known anywhere first, computes the rest, and sends the first token of each choice itself.
+ * is known anywhere first, computes the rest, and sends the first token of each choice itself. Where decode is another
+ * worker, the KV of each layer leaves as soon as it is computed.
  */
 import { Effect, type Scope } from "effect"
 import { actor, onAsk, onStream } from "../runtime/actor.ts"
+import type { Buses } from "../runtime/bus.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
 import type { StreamWriter } from "../runtime/stream.ts"
+import { encodeToken, type Transfer } from "../messages/decode.ts"
 import { packHashes } from "../messages/hashes.ts"
 import { encodePrefillFrame, KvDump, Prefill, type PrefillMessage } from "../messages/prefill.ts"
 import { subject } from "../messages/subjects.ts"
+import { generationOf } from "../engine/generation.ts"
+import type { PrefillSink } from "../engine/sequence.ts"
 import type { Worker } from "../engine/worker.ts"
+import { poolSource } from "../transfer/pool.ts"
+import { TransferSender, type SentTransfer } from "../transfer/transfer-sender.ts"
 import { fetchPrefix } from "./fetch-prefix.ts"
 
 export interface PrefillActorOptions {
   readonly link: Link
+  readonly buses: Buses
   readonly cluster: string
   readonly worker: Worker
   /** Id of the next KV event of the worker. */
@@ -23,36 +31,122 @@ export interface PrefillActorOptions {
 
 /** Runs the prefill role of `worker` until the Scope closes. */
 export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, never, Scope.Scope> => {
-  const { link, cluster, worker } = options
-  const { engine } = worker
+  const { link, buses, cluster, worker } = options
+  const { engine, totals } = worker
 
-  const prefill = ({ transfer }: PrefillMessage, writer: StreamWriter): Effect.Effect<void, Fault> =>
+  const prefill = (message: PrefillMessage, writer: StreamWriter): Effect.Effect<void, Fault> => {
+    const { transfer } = message
+    const work = transfer.worker === worker.id ? hereFor(transfer, writer) : elsewhereFor(message, writer)
+    return Effect.withSpan(work, "prefill.run", { attributes: { "penstock.worker": worker.id } })
+  }
+
+  /** Both roles of one worker share its pool, so that the transfer is the reservation's block table itself. */
+  const hereFor = (transfer: Transfer, writer: StreamWriter) =>
     Effect.gen(function* () {
-      // Both roles of one worker share its pool, so that the transfer is the reservation's block table itself.
-      if (transfer.worker !== worker.id || transfer.epoch !== worker.epoch) {
-        return yield* Effect.fail(new Fault({ code: "unavailable", message: `${link.sender}: cannot reach the blocks of ${transfer.worker} (epoch ${transfer.epoch})`, hop: link.sender }))
+      if (transfer.epoch !== worker.epoch) return yield* Effect.fail(fault("unavailable", `epoch ${transfer.epoch} of ${worker.id} is over, and its reservations with it`))
+      const stopReceiving = worker.receiving.get(transfer.id)
+      if (stopReceiving !== undefined) {
+        totals.fallbacks++ // another worker was to compute it, and has failed
+        stopReceiving()
       }
       yield* fetchPrefix({ link, cluster, worker, transferId: transfer.id })
-      yield* compute(transfer.id, writer)
-    }).pipe(Effect.withSpan("prefill.run"))
+      yield* compute(transfer.id, writer, {})
+    })
 
-  const compute = (id: string, writer: StreamWriter): Effect.Effect<void, Fault> =>
+  const elsewhereFor = ({ sequence, transfer }: PrefillMessage, writer: StreamWriter) =>
+    Effect.gen(function* () {
+      if (transfer.formatId !== worker.formatId) return yield* Effect.fail(fault("invalid_request", `holds KV of format ${worker.formatId}, ${transfer.worker} wants ${transfer.formatId}`))
+      const { id } = transfer
+      yield* Effect.acquireRelease(reserve(id, sequence), () => Effect.sync(() => engine.cancel(id)))
+      yield* fetchPrefix({ link, cluster, worker, transferId: id })
+      yield* transferred(transfer, (sender) => {
+        const { layers, blockTokens } = worker.kv
+        const held = transfer.prefixTokens / blockTokens // by decode, which needs only what follows
+        const send = (firstLayer: number, layers: number, from: number, blocks: number) => {
+          const skipped = Math.max(0, held - from)
+          if (blocks > skipped) sender.send({ firstLayer, layers, firstBlock: from + skipped, blocks: blocks - skipped })
+        }
+        const first: Array<Uint8Array> = []
+        send(0, layers, 0, engine.computedBlocks(id))
+        return Effect.ensuring(
+          compute(id, writer, {
+            layer: (layer, from, blocks) => send(layer, 1, from, blocks),
+            token: (event) => void first.push(encodeToken(event)),
+          }),
+          Effect.sync(() => sender.finish(first)),
+        )
+      })
+    }).pipe(Effect.scoped)
+
+  /** Blocks of this worker's own for a prompt that is decoded elsewhere. */
+  const reserve = (id: string, sequence: PrefillMessage["sequence"]): Effect.Effect<void, Fault> =>
     Effect.callback<void, Fault>((resume) => {
       try {
-        engine.prefill(id, {
-          scores: (scores) => writer.write(encodePrefillFrame({ type: "scores", scores })),
-          token: (event) => writer.write(encodePrefillFrame({ type: "token", event })),
-          done: (cachedTokens, computedTokens) => {
-            writer.write(encodePrefillFrame({ type: "done", cachedTokens, computedTokens }))
-            resume(Effect.void)
-          },
-          failed: (fault) => resume(Effect.fail(fault)),
+        engine.reserve({ ...generationOf(id, sequence), prefillOnly: true }, {
+          reserved: () => resume(Effect.void),
+          token: () => {},
+          ended: () => {},
+          failed: (reason) => resume(Effect.fail(reason)),
+          writable: () => true,
         })
       } catch (error) {
         resume(Effect.fail(Fault.from(error, link.sender)))
       }
       return Effect.sync(() => engine.cancel(id))
     })
+
+  /** Runs `work` with an open transfer, then waits until the receiver has everything. */
+  const transferred = (transfer: Transfer, work: (sender: TransferSender) => Effect.Effect<void, Fault>): Effect.Effect<void, Fault> =>
+    Effect.gen(function* () {
+      const sender = yield* Effect.acquireRelease(
+        Effect.sync(() => new TransferSender({ ...buses, cluster, transferId: transfer.id, source: poolSource(worker, transfer.id), creditBytes: transfer.creditBytes, hop: `decode ${transfer.worker}` })),
+        (opened) => Effect.sync(() => opened.fail(fault("cancelled", "the prefill is over"))),
+      )
+      yield* work(sender)
+      const sent = yield* Effect.tryPromise({ try: () => sender.done, catch: (error) => Fault.from(error, link.sender) })
+      count(sent)
+      yield* Effect.annotateCurrentSpan({
+        "penstock.transfer.bytes": sent.bytes,
+        "penstock.transfer.chunks": sent.chunks,
+        "penstock.transfer.resent": sent.resent,
+        "penstock.transfer.mb_per_s": sent.bytes / 1000 / sent.ms,
+        "penstock.transfer.waited_ms": sent.waitedMs,
+      })
+    }).pipe(
+      Effect.tapError(() => Effect.sync(() => totals.failed++)),
+      Effect.withSpan("kv.transfer", { attributes: { "penstock.transfer.from": worker.id, "penstock.transfer.to": transfer.worker } }),
+      Effect.scoped,
+    )
+
+  const count = ({ bytes, ms }: SentTransfer): void => {
+    totals.completed++
+    totals.bytes += bytes
+    totals.ms += ms
+  }
+
+  const compute = (id: string, writer: StreamWriter, also: Pick<PrefillSink, "layer"> & Partial<Pick<PrefillSink, "token">>): Effect.Effect<void, Fault> =>
+    Effect.callback<void, Fault>((resume) => {
+      try {
+        engine.prefill(id, {
+          layer: also.layer,
+          scores: (scores) => writer.write(encodePrefillFrame({ type: "scores", scores })),
+          token: (event) => {
+            also.token?.(event)
+            writer.write(encodePrefillFrame({ type: "token", event }))
+          },
+          done: (cachedTokens, computedTokens) => {
+            writer.write(encodePrefillFrame({ type: "done", cachedTokens, computedTokens }))
+            resume(Effect.void)
+          },
+          failed: (reason) => resume(Effect.fail(reason)),
+        })
+      } catch (error) {
+        resume(Effect.fail(Fault.from(error, link.sender)))
+      }
+      return Effect.sync(() => engine.cancel(id))
+    })
+
+  const fault = (code: "unavailable" | "invalid_request" | "cancelled", message: string) => new Fault({ code, message: `${link.sender}: ${message}`, hop: link.sender })
 
   const dump = () => Effect.sync(() => ({ nextEventId: options.nextEventId(), hashes: packHashes(engine.blocks.knownHashes()) }))
 

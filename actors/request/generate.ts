@@ -2,7 +2,7 @@
  * The life of one request: place -> reserve at decode -> prefill -> relay tokens. What fails and may be tried again is
  * placed again with the tokens so far, so that a dead worker costs time and not the answer.
  */
-import { Effect, Exit } from "effect"
+import { Deferred, Effect, Exit } from "effect"
 import { limits } from "../../config/limits.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
@@ -14,6 +14,7 @@ import { encodeGenerateEvent, type GenerateEvent, type GenerateMessage, type Tok
 import { Place, Prefilled, Release, type Placement } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 import { packTokens } from "../messages/tokens.ts"
+import type { Members } from "../presence/members.ts"
 import { tokenLogprob } from "./choice-output.ts"
 import type { Prepared, ServedModel } from "./prepare.ts"
 
@@ -21,6 +22,7 @@ export interface GenerateOptions {
   readonly link: Link
   readonly cluster: string
   readonly model: ServedModel
+  readonly members: Members
 }
 
 /** Scored prompt tokens of one event: 20 alternatives each still fit a message. */
@@ -29,7 +31,7 @@ const scoresOfEvent = 128
 /** Serves one request into `writer`; fails with the Fault that the client gets. */
 export const generate = (options: GenerateOptions, message: GenerateMessage, request: Prepared, writer: StreamWriter): Effect.Effect<void, Fault> =>
   Effect.gen(function* () {
-    const { link, cluster, model } = options
+    const { link, cluster, model, members } = options
     const { outputs } = request
     const finished = () => outputs.every(({ finish }) => finish !== undefined)
     let exclude: ReadonlyArray<string> = []
@@ -46,6 +48,7 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
     const push = (event: TokenEvent, transfer: Transfer): void => {
       const output = outputs[event.choice]
       if (output === undefined || output.finish !== undefined) return
+      if (event.index < output.tokens.length && output.tokens[event.index] === event.token) return // drawn again after a prefill that failed late
       if (event.index !== output.tokens.length) throw new Fault({ code: "internal", message: `${link.sender}: token ${event.index} of choice ${event.choice} came in place of ${output.tokens.length}`, hop: link.sender })
       emit(output.push(event))
       // A stop string is seen here only; decode goes on with the other choices.
@@ -67,13 +70,27 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
         )
         placements++
         yield* Effect.gen(function* () {
-          const decode = yield* opened(link.open(Reserve, subject(cluster, "decode", placement.decode, Reserve.verb), sequence, { hop: `decode ${placement.decode}` }))
+          // Choices that have parted already have KV of their own each: decode computes these itself.
+          const parted = message.choices > 1 && delivered > 0
+          const prefillWorker = parted ? placement.decode : placement.prefill
+          const decode = yield* opened(link.open(Reserve, subject(cluster, "decode", placement.decode, Reserve.verb), { ...sequence, prefillWorker }, { hop: `decode ${placement.decode}` }))
           const transfer = yield* plain(() => reserved(decode))
-          const prefill = yield* opened(link.open(Prefill, subject(cluster, "prefill", placement.prefill, Prefill.verb), { sequence, transfer }, { hop: `prefill ${placement.prefill}` }))
-          yield* plain(() => relayPrefill(prefill, transfer))
-          yield* link.tell(Prefilled, subject(cluster, "scheduler", anyId, Prefilled.verb), key)
-          yield* plain(() => relayTokens(decode, transfer))
-        }).pipe(Effect.scoped, Effect.tapError(() => Effect.sync(() => void (exclude = [...exclude, placement.decode]))))
+          const prefillOn = (worker: string) =>
+            Effect.gen(function* () {
+              const stream = yield* opened(link.open(Prefill, subject(cluster, "prefill", worker, Prefill.verb), { sequence, transfer }, { hop: `prefill ${worker}` }))
+              yield* plain(() => relayPrefill(stream, transfer, () => Deferred.doneUnsafe(begun, Effect.void)))
+            }).pipe(whileServing(members, worker), Effect.scoped)
+          const begun = yield* Deferred.make<void>()
+          // A prefill that fails elsewhere, even after its first tokens, is decode's own to do: its reservation stands.
+          const prefilled = prefillOn(prefillWorker).pipe(
+            Effect.catch((fault) => (fault.retryable && prefillWorker !== transfer.worker ? prefillOn(transfer.worker) : Effect.fail(fault))),
+          )
+          const relayed = Deferred.await(begun).pipe(
+            Effect.andThen(link.tell(Prefilled, subject(cluster, "scheduler", anyId, Prefilled.verb), key)),
+            Effect.andThen(plain(() => relayTokens(decode, transfer))),
+          )
+          yield* Effect.raceFirst(Effect.andThen(prefilled, Effect.never), relayed)
+        }).pipe(whileServing(members, placement.decode), Effect.scoped, Effect.tapError(() => Effect.sync(() => void (exclude = [...exclude, placement.decode]))))
       }).pipe(Effect.onExit(() => Effect.ignore(link.tell(Release, subject(cluster, "scheduler", anyId, Release.verb), key))))
 
     const reserved = async (stream: StreamReader): Promise<Transfer> => {
@@ -83,18 +100,22 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
       return first.transfer
     }
 
-    const relayPrefill = async (stream: StreamReader, transfer: Transfer): Promise<void> => {
+    const relayPrefill = async (stream: StreamReader, transfer: Transfer, onBegun: () => void): Promise<void> => {
       const first: Array<TokenEvent> = []
       if (message.promptLogprobs) announce(0)
       if (message.promptLogprobs && scored === 0) emitScores([{ ...tokenLogprob(model.tokenizer, { token: request.prompt[0]!, logprob: 0, topTokens: [], topLogprobs: [] }), logprob: null }])
+      // The stream goes on until the KV has arrived, which nobody has to wait for.
       for await (const bytes of stream) {
         const frame = decodePrefillFrame(bytes)
         if (frame.type === "token") first.push(frame.event)
-        else if (frame.type === "done") announce(frame.cachedTokens)
-        else emitScores(scoresFrom(frame.scores))
+        else if (frame.type === "scores") emitScores(scoresFrom(frame.scores))
+        else {
+          announce(frame.cachedTokens)
+          for (const event of first) push(event, transfer)
+          onBegun()
+        }
         if (!writer.writable) await writer.untilWritable()
       }
-      for (const event of first) push(event, transfer)
     }
 
     let scored = 0 // prompt tokens that the client has the scores of
@@ -143,6 +164,20 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
     const completionTokens = outputs.reduce((sum, { tokens }) => sum + tokens.length, 0)
     emit({ type: "done", usage: { promptTokens: request.prompt.length, completionTokens, cachedTokens: cachedTokens ?? 0 } })
   }).pipe(Effect.withSpan("request.generate"))
+
+/** Fails work with a worker that leaves, falls silent or is restarted, without waiting for its stream to fall silent. */
+const whileServing =
+  (members: Members, worker: string) =>
+  <A, R>(work: Effect.Effect<A, Fault, R>): Effect.Effect<A, Fault, R> =>
+    Effect.raceFirst(
+      work,
+      Effect.callback<never, Fault>((resume) => {
+        const stop = members.onGone((kind, id) => {
+          if (kind === "worker" && id === worker) resume(Effect.fail(new Fault({ code: "disconnected", message: `worker ${worker} is gone`, hop: `worker ${worker}` })))
+        })
+        return Effect.sync(stop)
+      }),
+    )
 
 /** A stream that is cancelled when the scope closes, whether it has ended or not. */
 const opened = (open: Effect.Effect<StreamReader>) =>

@@ -9,6 +9,7 @@ import type { Link } from "../runtime/link.ts"
 import type { StreamWriter } from "../runtime/stream.ts"
 import { Detokenize, Generate, Tokenize, type GenerateMessage } from "../messages/request.ts"
 import { anyId, subject } from "../messages/subjects.ts"
+import type { Members } from "../presence/members.ts"
 import { generate } from "./generate.ts"
 import { prepare, type ServedModel } from "./prepare.ts"
 
@@ -17,6 +18,8 @@ export interface RequestActorOptions {
   readonly cluster: string
   readonly id: string
   readonly model: ServedModel
+  /** Who serves, so that a request does not wait for a worker that is gone. */
+  readonly members: Members
 }
 
 interface Served {

@@ -43,6 +43,8 @@ export interface ReceivedTransfer {
   readonly ms: number
   readonly corrupted: number
   readonly duplicates: number
+  /** First tokens of the choices, as token frames. */
+  readonly first: ReadonlyArray<Uint8Array>
 }
 
 /** Missing chunks that one status names; the next names more. */
@@ -68,6 +70,7 @@ export class TransferReceiver {
   #duplicates = 0
   #over = false
   #complete = false
+  #first: ReadonlyArray<Uint8Array> | undefined // known once the sender has nothing more
   #heardAtMs = performance.now()
   #firstChunkAtMs: number | undefined
 
@@ -141,7 +144,7 @@ export class TransferReceiver {
     this.#newest = Math.max(this.#newest, found.sequence)
     this.#quietSeen = -1
     this.#bytes += chunk.byteLength
-    if (this.#missingCells === 0) return this.#finish()
+    if (this.#missingCells === 0 && this.#first !== undefined) return this.#finish()
     if (this.#bytes - this.#toldBytes >= this.#options.creditBytes / 4) this.#tell(undefined)
   }
 
@@ -149,7 +152,8 @@ export class TransferReceiver {
     if (this.#over && !this.#complete) return
     this.#heardAtMs = performance.now()
     try {
-      const { chunks, failure } = KvProgress.decode(data)
+      const { chunks, failure, final, first } = KvProgress.decode(data)
+      if (final) this.#first = first
       if (failure !== undefined) return this.fail(this.#fault("disconnected", failure))
       // Progress and chunks travel on different connections: what was sent is lost only when the sender says it again and
       // nothing has come in between.
@@ -158,6 +162,7 @@ export class TransferReceiver {
     } catch (error) {
       return this.fail(Fault.from(error, this.#options.hop))
     }
+    if (this.#missingCells === 0 && this.#first !== undefined && !this.#complete) return this.#finish()
     this.#tell(undefined)
   }
 
@@ -192,8 +197,8 @@ export class TransferReceiver {
   #finish(): void {
     this.#complete = true
     this.#tell(undefined)
-    const ms = performance.now() - this.#firstChunkAtMs!
-    this.#outcome.resolve({ chunks: this.#taken.size, bytes: this.#bytes, ms, corrupted: this.#corrupted, duplicates: this.#duplicates })
+    const ms = performance.now() - (this.#firstChunkAtMs ?? this.#heardAtMs)
+    this.#outcome.resolve({ chunks: this.#taken.size, bytes: this.#bytes, ms, corrupted: this.#corrupted, duplicates: this.#duplicates, first: this.#first ?? [] })
     // Its last word may be lost: the sender asks again for a while, and is answered until it is quiet.
   }
 

@@ -58,6 +58,7 @@ export class TransferSender {
   #takenBytes = 0
   #resent = 0
   #final = false
+  #first: ReadonlyArray<Uint8Array> = []
   #over = false
   #heardAtMs = performance.now()
   #waitingSinceMs: number | undefined
@@ -96,9 +97,10 @@ export class TransferSender {
     this.#flush()
   }
 
-  /** There will be no more. */
-  finish(): void {
+  /** There will be no more. `first` are the first tokens of the choices, as token frames. */
+  finish(first: ReadonlyArray<Uint8Array>): void {
     this.#final = true
+    this.#first = first
     this.#flush()
   }
 
@@ -178,7 +180,7 @@ export class TransferSender {
     const { control, cluster, transferId } = this.#options
     const final = this.#final && this.#sent === this.#chunks.length
     try {
-      control.publish(transferSubject(cluster, transferId, "progress"), KvProgress.encode({ chunks: this.#sent, final, failure }), { headers: { [header.version]: protocolVersion } })
+      control.publish(transferSubject(cluster, transferId, "progress"), KvProgress.encode({ chunks: this.#sent, final, first: final ? this.#first : [], failure }), { headers: { [header.version]: protocolVersion } })
     } catch {
       // Disconnected: the watch and onDisconnect end the transfer.
     }

@@ -100,4 +100,16 @@ inline std::vector<int32_t> int32_argument(const Napi::CallbackInfo& info, size_
   return int32_value(argument(info, index), name);
 }
 
+inline Napi::Uint8Array bytes_argument(const Napi::CallbackInfo& info, size_t index, const char* name) {
+  const Napi::Value value = argument(info, index);
+  if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array) {
+    throw std::runtime_error(std::string(name) + ": expected a Uint8Array");
+  }
+  return value.As<Napi::Uint8Array>();
+}
+
+inline uint32_t uint32_argument(const Napi::CallbackInfo& info, size_t index, const char* name) {
+  return static_cast<uint32_t>(integer_value(argument(info, index), name, 0.0, 4294967295.0));
+}
+
 }  // namespace penstock

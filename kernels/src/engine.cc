@@ -56,7 +56,7 @@ Engine::Engine(const EngineOptions& options) : options_(options), kernels_(selec
     refuse("maxContext",
            "expected at most the model's " + std::to_string(shape.context) + ", found " + std::to_string(options_.max_context));
   }
-  kv_ = std::make_unique<KvPool>(shape.layers, options_.blocks, shape.kv_heads, options_.block_tokens, shape.head_dim);
+  kv_ = std::make_unique<KvPool>(kernels_, shape.layers, options_.blocks, shape.kv_heads, options_.block_tokens, shape.head_dim);
   forward_ = std::make_unique<Forward>(*model_, kernels_, *kv_, pool_, options_.max_rows,
                                        std::min(options_.max_rows, options_.max_outputs), options_.max_context);
   sampler_scratch_.resize(options_.threads);
@@ -177,7 +177,7 @@ void Engine::check_outputs(const Batch& batch) {
   }
 }
 
-StepResult Engine::run() {
+StepResult Engine::run(LayerProgress* progress) {
   const auto started = std::chrono::steady_clock::now();
   const int vocabulary = shape().vocabulary;
   const int outputs = static_cast<int>(outputs_.size());
@@ -193,7 +193,7 @@ StepResult Engine::run() {
   std::exception_ptr error;
   std::mutex error_mutex;
   pool_.run([&](int thread) {
-    forward_->run(thread);
+    forward_->run(thread, progress);
     pool_.for_each(thread, static_cast<int>(logit_rows_.size()), [&](int i) {
       if (!all_finite(forward_->logits(i), vocabulary)) bad_row.store(logit_rows_[i]);
     });

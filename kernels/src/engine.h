@@ -64,8 +64,14 @@ class Engine {
   void free_sampler(int32_t id);  // throws where there is none
   size_t samplers() const { return samplers_.size(); }
 
-  void export_block(int block, uint8_t* into) const { kv_->export_block(block, into); }
-  void import_block(int block, const uint8_t* from) { kv_->import_block(block, from); }
+  // As KvPool's. What `run` reads may be exported while it does, and of what it writes the layers that its progress has
+  // reported; nothing that it uses may be imported or copied to.
+  uint32_t export_layers(const KvRange& range, uint8_t* into, uint32_t seed) const {
+    return kv_->export_layers(range, into, seed);
+  }
+  uint32_t import_layers(const KvRange& range, const uint8_t* from, uint32_t seed) {
+    return kv_->import_layers(range, from, seed);
+  }
   void copy_block(int from, int to) { kv_->copy_block(from, to); }
 
   // Checks a batch completely and lays it out; throws std::runtime_error with the place of what is wrong, and changes
@@ -73,7 +79,8 @@ class Engine {
   void prepare(Batch batch);
 
   // Runs the batch that was prepared. Throws std::runtime_error where a logit is not finite; no sampler has drawn then.
-  StepResult run();
+  // `progress`, which may be null, is told of each layer whose KV is complete.
+  StepResult run(LayerProgress* progress);
 
  private:
   struct Output {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "arguments.h"
 #include "engine.h"
 #include "engine_options.h"
+#include "layer_events.h"
 
 namespace penstock {
 
@@ -21,10 +23,13 @@ class NativeEngine;
 // Runs what was prepared; the wrapper is kept alive until then.
 class StepWorker : public Napi::AsyncWorker {
  public:
-  StepWorker(Napi::Env env, std::shared_ptr<Engine> engine, NativeEngine* owner, Napi::Object owner_object)
+  // `events` is null where nobody asked for them.
+  StepWorker(Napi::Env env, std::shared_ptr<Engine> engine, std::shared_ptr<LayerEvents> events, NativeEngine* owner,
+             Napi::Object owner_object)
       : Napi::AsyncWorker(env, "penstock.step"),
         deferred_(Napi::Promise::Deferred::New(env)),
         engine_(std::move(engine)),
+        events_(std::move(events)),
         owner_(owner),
         owner_object_(Napi::Persistent(owner_object)) {}
 
@@ -32,7 +37,7 @@ class StepWorker : public Napi::AsyncWorker {
 
   void Execute() override {
     try {
-      result_ = engine_->run();
+      result_ = engine_->run(events_.get());
     } catch (const std::exception& error) {
       SetError(error.what());
     }
@@ -41,8 +46,12 @@ class StepWorker : public Napi::AsyncWorker {
   void OnError(const Napi::Error& error) override;
 
  private:
+  // What is left of the layers is reported before anyone hears of the end; what a callback threw.
+  std::optional<Napi::Error> end_step();
+
   Napi::Promise::Deferred deferred_;
   std::shared_ptr<Engine> engine_;
+  std::shared_ptr<LayerEvents> events_;
   NativeEngine* owner_;
   Napi::ObjectReference owner_object_;
   StepResult result_;
@@ -64,6 +73,17 @@ class CloseWorker : public Napi::AsyncWorker {
   std::vector<Napi::Promise::Deferred> waiting_;
 };
 
+// What exportLayers and importLayers have in common, checked.
+struct LayerBytes {
+  std::vector<int32_t> blocks;
+  int first_layer;
+  int layers;
+  uint8_t* at;
+  uint32_t seed;
+
+  KvRange range() const { return {blocks.data(), blocks.size(), first_layer, layers}; }
+};
+
 // NativeEngine of kernels/index.ts. Its methods run on the event loop.
 class NativeEngine : public Napi::ObjectWrap<NativeEngine> {
  public:
@@ -72,14 +92,17 @@ class NativeEngine : public Napi::ObjectWrap<NativeEngine> {
         env, "NativeEngine",
         {InstanceMethod("info", &NativeEngine::info), InstanceMethod("createSampler", &NativeEngine::create_sampler),
          InstanceMethod("freeSampler", &NativeEngine::free_sampler), InstanceMethod("samplers", &NativeEngine::samplers),
-         InstanceMethod("step", &NativeEngine::step), InstanceMethod("exportBlock", &NativeEngine::export_block),
-         InstanceMethod("importBlock", &NativeEngine::import_block), InstanceMethod("copyBlock", &NativeEngine::copy_block),
+         InstanceMethod("step", &NativeEngine::step), InstanceMethod("exportLayers", &NativeEngine::export_layers),
+         InstanceMethod("importLayers", &NativeEngine::import_layers), InstanceMethod("copyBlock", &NativeEngine::copy_block),
          InstanceMethod("close", &NativeEngine::close)});
   }
 
   explicit NativeEngine(const Napi::CallbackInfo& info) : Napi::ObjectWrap<NativeEngine>(info) {
     if (info.Length() != 1 || !info[0].IsExternal()) throw Napi::TypeError::New(info.Env(), "NativeEngine: use loadEngine");
     engine_ = std::move(*info[0].As<Napi::External<std::shared_ptr<Engine>>>().Data());
+  }
+  ~NativeEngine() override {
+    if (events_ != nullptr) events_->close();
   }
 
   // On the event loop, when the step in flight has settled.
@@ -99,14 +122,15 @@ class NativeEngine : public Napi::ObjectWrap<NativeEngine> {
   Napi::Value free_sampler(const Napi::CallbackInfo& info);
   Napi::Value samplers(const Napi::CallbackInfo& info);
   Napi::Value step(const Napi::CallbackInfo& info);
-  Napi::Value export_block(const Napi::CallbackInfo& info);
-  Napi::Value import_block(const Napi::CallbackInfo& info);
+  Napi::Value export_layers(const Napi::CallbackInfo& info);
+  Napi::Value import_layers(const Napi::CallbackInfo& info);
   Napi::Value copy_block(const Napi::CallbackInfo& info);
   Napi::Value close(const Napi::CallbackInfo& info);
-  uint8_t* block_bytes(const Napi::CallbackInfo& info, int& block) const;
+  LayerBytes layer_bytes(const Napi::CallbackInfo& info, const char* bytes) const;
   void release();
 
-  std::shared_ptr<Engine> engine_;  // null once closed
+  std::shared_ptr<Engine> engine_;       // null once closed
+  std::shared_ptr<LayerEvents> events_;  // null until a step asks for them
   bool stepping_ = false;
   bool closing_ = false;
   std::vector<Napi::Promise::Deferred> waiting_;  // for the end of the step in flight, then for the close
@@ -129,6 +153,7 @@ Napi::Value NativeEngine::info(const Napi::CallbackInfo& info) {
     out.Set("blocks", options.blocks);
     out.Set("blockTokens", options.block_tokens);
     out.Set("blockBytes", static_cast<double>(engine.kv().block_bytes()));
+    out.Set("layerBlockBytes", static_cast<double>(engine.kv().layer_block_bytes()));
     out.Set("isa", instruction_set_name(engine.isa()));
     out.Set("threads", options.threads);
     return Napi::Value(out);
@@ -160,6 +185,8 @@ Napi::Value NativeEngine::step(const Napi::CallbackInfo& info) {
     Engine& engine = this->engine();
     if (stepping_) throw std::runtime_error("step: another step is in flight");
     const Napi::Object object = object_argument(info, 0, "Batch");
+    const Napi::Value on_layer = argument(info, 1);
+    if (!on_layer.IsUndefined() && !on_layer.IsFunction()) throw std::runtime_error("onLayer: expected a function");
     Batch batch;
     batch.tokens = int32_field(object, "tokens");
     batch.segments = int32_field(object, "segments");
@@ -167,7 +194,13 @@ Napi::Value NativeEngine::step(const Napi::CallbackInfo& info) {
     batch.outputs = int32_field(object, "outputs");
     batch.want_logits = object.Get("wantLogits").ToBoolean();
     engine.prepare(std::move(batch));
-    auto* worker = new StepWorker(env, engine_, this, info.This().As<Napi::Object>());
+    std::shared_ptr<LayerEvents> events;
+    if (on_layer.IsFunction()) {
+      if (events_ == nullptr) events_ = LayerEvents::open(env);
+      events_->begin(on_layer.As<Napi::Function>());
+      events = events_;
+    }
+    auto* worker = new StepWorker(env, engine_, std::move(events), this, info.This().As<Napi::Object>());
     const Napi::Promise promise = worker->promise();
     worker->Queue();
     stepping_ = true;
@@ -175,38 +208,45 @@ Napi::Value NativeEngine::step(const Napi::CallbackInfo& info) {
   });
 }
 
-// The bytes of a block and its number, both checked.
-uint8_t* NativeEngine::block_bytes(const Napi::CallbackInfo& info, int& block) const {
-  const double number = integer_value(argument(info, 0), "block", 0.0, engine().options().blocks - 1.0);
-  block = static_cast<int>(number);
-  const Napi::Value bytes = argument(info, 1);
-  if (!bytes.IsTypedArray() || bytes.As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array) {
-    throw std::runtime_error("block bytes: expected a Uint8Array");
+// (blocks, firstLayer, layers, bytes, offset, seed); `bytes` is what the caller's own name for them is.
+LayerBytes NativeEngine::layer_bytes(const Napi::CallbackInfo& info, const char* bytes) const {
+  const KvPool& kv = engine().kv();
+  LayerBytes out;
+  out.blocks = int32_argument(info, 0, "blocks");
+  for (size_t i = 0; i < out.blocks.size(); ++i) {
+    if (out.blocks[i] < 0 || out.blocks[i] >= kv.blocks()) {
+      throw std::runtime_error("blocks[" + std::to_string(i) + "]: " + std::to_string(out.blocks[i]) + " is not in 0 … " +
+                               std::to_string(kv.blocks() - 1));
+    }
   }
-  Napi::Uint8Array array = bytes.As<Napi::Uint8Array>();
-  const size_t expected = engine().kv().block_bytes();
-  if (array.ByteLength() != expected) {
-    throw std::runtime_error("block bytes: expected " + std::to_string(expected) + ", found " +
-                             std::to_string(array.ByteLength()));
+  const int layers = engine().shape().layers;
+  out.first_layer = static_cast<int>(integer_value(argument(info, 1), "firstLayer", 0.0, layers - 1.0));
+  out.layers = static_cast<int>(integer_value(argument(info, 2), "layers", 1.0, layers - out.first_layer));
+  Napi::Uint8Array array = bytes_argument(info, 3, bytes);
+  const size_t length = array.ByteLength();
+  const size_t offset = static_cast<size_t>(integer_value(argument(info, 4), "offset", 0.0, static_cast<double>(length)));
+  const size_t needed = out.blocks.size() * out.layers * kv.layer_block_bytes();
+  if (needed > length - offset) {
+    throw std::runtime_error(std::string(bytes) + ": expected at least " + std::to_string(needed) + " bytes from offset " +
+                             std::to_string(offset) + " on, found " + std::to_string(length - offset));
   }
-  return array.Data();
+  out.at = array.Data() + offset;
+  out.seed = uint32_argument(info, 5, "seed");
+  return out;
 }
 
-Napi::Value NativeEngine::export_block(const Napi::CallbackInfo& info) {
+Napi::Value NativeEngine::export_layers(const Napi::CallbackInfo& info) {
   return guarded(info, [&] {
-    int block;
-    uint8_t* into = block_bytes(info, block);
-    engine().export_block(block, into);
-    return info.Env().Undefined();
+    const LayerBytes into = layer_bytes(info, "into");
+    return Napi::Value(Napi::Number::New(info.Env(), engine().export_layers(into.range(), into.at, into.seed)));
   });
 }
 
-Napi::Value NativeEngine::import_block(const Napi::CallbackInfo& info) {
+Napi::Value NativeEngine::import_layers(const Napi::CallbackInfo& info) {
   return guarded(info, [&] {
-    int block;
-    const uint8_t* from = block_bytes(info, block);
-    engine().import_block(block, from);
-    return info.Env().Undefined();
+    const LayerBytes from = layer_bytes(info, "from");
+    const uint32_t crc = uint32_argument(info, 6, "crc");
+    return Napi::Value(Napi::Boolean::New(info.Env(), engine().import_layers(from.range(), from.at, from.seed) == crc));
   });
 }
 
@@ -235,6 +275,8 @@ Napi::Value NativeEngine::close(const Napi::CallbackInfo& info) {
 }
 
 void NativeEngine::release() {
+  if (events_ != nullptr) events_->close();
+  events_ = nullptr;
   auto* worker = new CloseWorker(Env(), std::move(engine_), std::move(waiting_));
   engine_ = nullptr;
   waiting_.clear();
@@ -255,9 +297,16 @@ Napi::Value float_array(Napi::Env env, const std::vector<float>& values) {
   return array;
 }
 
-void StepWorker::OnOK() {
+std::optional<Napi::Error> StepWorker::end_step() {
+  std::optional<Napi::Error> thrown;
+  if (events_ != nullptr) thrown = events_->end(Env());
   engine_.reset();
   owner_->step_ended();
+  return thrown;
+}
+
+void StepWorker::OnOK() {
+  if (const std::optional<Napi::Error> thrown = end_step()) return deferred_.Reject(thrown->Value());
   const Napi::Env env = Env();
   try {
     Napi::Object out = Napi::Object::New(env);
@@ -275,8 +324,7 @@ void StepWorker::OnOK() {
 }
 
 void StepWorker::OnError(const Napi::Error& error) {
-  engine_.reset();
-  owner_->step_ended();
+  end_step();
   deferred_.Reject(error.Value());
 }
 

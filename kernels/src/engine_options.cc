@@ -4,10 +4,7 @@
 
 namespace penstock {
 
-namespace {
-
-InstructionSet isa_field(const Napi::Object& options) {
-  const Napi::Value value = options.Get("isa");
+InstructionSet read_instruction_set(const Napi::Value& value) {
   if (value.IsUndefined()) return InstructionSet::Avx512;
   const std::string name = value.IsString() ? value.As<Napi::String>().Utf8Value() : "";
   for (InstructionSet isa : {InstructionSet::Reference, InstructionSet::Avx2, InstructionSet::Avx512}) {
@@ -15,8 +12,6 @@ InstructionSet isa_field(const Napi::Object& options) {
   }
   throw std::runtime_error("isa: expected reference, avx2 or avx512");
 }
-
-}  // namespace
 
 EngineOptions read_engine_options(const Napi::Object& object) {
   const Napi::Value path = object.Get("path");
@@ -30,7 +25,7 @@ EngineOptions read_engine_options(const Napi::Object& object) {
   options.max_outputs = static_cast<int>(integer_field(object, "maxOutputs", 1.0, 1 << 16));
   options.max_context =
       object.Get("maxContext").IsUndefined() ? 0 : static_cast<int>(integer_field(object, "maxContext", 1.0, 1 << 24));
-  options.isa = isa_field(object);
+  options.isa = read_instruction_set(object.Get("isa"));
   return options;
 }
 

@@ -7,6 +7,8 @@
 
 namespace penstock {
 
+// An InstructionSet's name, or undefined for the best.
+InstructionSet read_instruction_set(const Napi::Value& value);
 EngineOptions read_engine_options(const Napi::Object& object);
 SamplerOptions read_sampler_options(const Napi::Object& options);
 

@@ -88,7 +88,7 @@ void Forward::plan(const int32_t* tokens, const std::vector<Segment>& segments, 
   plan_attention(segments);
 }
 
-void Forward::run(int thread) {
+void Forward::run(int thread, LayerProgress* progress) {
   const std::vector<Layer>& layers = model_.layers();
   pool_.for_each(thread, rows_, [&](int row) {
     embed(row);
@@ -103,6 +103,7 @@ void Forward::run(int thread) {
     // All keys and values of the step are in the pool before any row attends: what a row reads does not depend on
     // whether it was computed now or found there.
     multiply(thread, rows_, qkv, 3, [&](int row) { store_kv(l, row); });
+    if (progress != nullptr) progress->finish(l);
     for_each_then_rows(
         thread, static_cast<int>(tasks_.size()), rows_, [&](int task) { attend(thread, l, tasks_[task]); },
         [&](int row) {

@@ -6,6 +6,7 @@
 
 #include "cpu/kernels.h"
 #include "kv_pool.h"
+#include "layer_progress.h"
 #include "model.h"
 #include "region.h"
 #include "thread_pool.h"
@@ -28,8 +29,9 @@ class Forward {
   // Lays out a step. The arrays have to live until `run` has ended.
   void plan(const int32_t* tokens, const std::vector<Segment>& segments, const std::vector<int>& logit_rows);
 
-  // Called on every thread of the pool: writes the rows' KV and computes the logits of the rows asked for.
-  void run(int thread);
+  // Called on every thread of the pool: writes the rows' KV and computes the logits of the rows asked for. `progress`, which may
+  // be null, is told of each layer whose KV is complete.
+  void run(int thread, LayerProgress* progress);
 
   // [logit_rows, vocabulary padded to 16]
   const float* logits(int row) const { return logits_ + row * logit_stride_; }

@@ -1,5 +1,7 @@
 #include "kv_pool.h"
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -8,13 +10,11 @@ namespace penstock {
 
 namespace {
 
-// The wire is little-endian; so is every machine this has been built on, but a byte order costs nothing to write down.
-inline void store_u16(uint8_t* at, uint16_t value) {
-  at[0] = static_cast<uint8_t>(value);
-  at[1] = static_cast<uint8_t>(value >> 8);
-}
+static_assert(std::endian::native == std::endian::little, "the wire is little-endian, and is copied as it lies");
 
-inline uint16_t load_u16(const uint8_t* at) { return static_cast<uint16_t>(at[0] | (at[1] << 8)); }
+// Bytes that are copied before the CRC runs over them, or the other way round: they are still in the first-level cache then,
+// which holds 32 KiB, and many enough that the CRC is at its speed.
+constexpr size_t kTogetherBytes = 12 << 10;
 
 size_t checked_bytes(size_t layers, size_t blocks, size_t block_stride) {
   constexpr size_t kMost = size_t{1} << 46;  // half of the usual address space
@@ -28,8 +28,10 @@ size_t checked_bytes(size_t layers, size_t blocks, size_t block_stride) {
 
 }  // namespace
 
-KvPool::KvPool(int layers, int blocks, int kv_heads, int block_tokens, int head_dim)
-    : layers_(layers),
+KvPool::KvPool(const Kernels& kernels, int layers, int blocks, int kv_heads, int block_tokens, int head_dim)
+    : kernels_(kernels),
+      crc32c_(select_crc32c(kernels.isa)),
+      layers_(layers),
       blocks_(blocks),
       kv_heads_(kv_heads),
       block_tokens_(block_tokens),
@@ -40,38 +42,63 @@ KvPool::KvPool(int layers, int blocks, int kv_heads, int block_tokens, int head_
       block_stride_(kv_heads * head_stride_),
       region_(checked_bytes(layers, blocks, block_stride_), "blocks") {}
 
-void KvPool::export_block(int block, uint8_t* into) const {
-  for (int layer = 0; layer < layers_; ++layer) {
-    for (int head = 0; head < kv_heads_; ++head) {
-      const uint16_t* from = keys(layer, block, head);
-      for (int token = 0; token < block_tokens_; ++token) {
-        for (int d = 0; d < head_dim_; ++d, into += 2) store_u16(into, from[size_t(d) * block_tokens_ + token]);
-      }
-    }
-    for (int head = 0; head < kv_heads_; ++head) {
-      const uint16_t* from = values(layer, block, head);
-      for (int token = 0; token < block_tokens_; ++token) {
-        for (int d = 0; d < head_dim_; ++d, into += 2) store_u16(into, from[size_t(token) * value_stride_ + d]);
-      }
-    }
+size_t KvPool::pieces_together() const { return std::max(size_t{1}, kTogetherBytes / piece_bytes()); }
+
+KvPool::Piece KvPool::piece(const KvRange& range, size_t index) const {
+  const int head = static_cast<int>(index % kv_heads_);
+  const size_t half = index / kv_heads_;
+  const size_t place = half / 2;  // [layer][block]
+  return {range.first_layer + static_cast<int>(place / range.count), range.blocks[place % range.count], head, half % 2 != 0};
+}
+
+void KvPool::export_piece(const Piece& piece, uint8_t* into) const {
+  if (!piece.values) {
+    kernels_.transpose(keys(piece.layer, piece.block, piece.head), block_tokens_, head_dim_, block_tokens_,
+                       reinterpret_cast<WireHalf*>(into), head_dim_);
+    return;
+  }
+  const uint16_t* from = values(piece.layer, piece.block, piece.head);
+  if (value_stride_ == head_dim_) {
+    std::memcpy(into, from, piece_bytes());
+  } else {
+    const size_t row = sizeof(uint16_t) * head_dim_;
+    for (int token = 0; token < block_tokens_; ++token) std::memcpy(into + token * row, from + token * value_stride_, row);
   }
 }
 
-void KvPool::import_block(int block, const uint8_t* from) {
-  for (int layer = 0; layer < layers_; ++layer) {
-    for (int head = 0; head < kv_heads_; ++head) {
-      uint16_t* into = keys(layer, block, head);
-      for (int token = 0; token < block_tokens_; ++token) {
-        for (int d = 0; d < head_dim_; ++d, from += 2) into[size_t(d) * block_tokens_ + token] = load_u16(from);
-      }
-    }
-    for (int head = 0; head < kv_heads_; ++head) {
-      uint16_t* into = values(layer, block, head);
-      for (int token = 0; token < block_tokens_; ++token) {
-        for (int d = 0; d < head_dim_; ++d, from += 2) into[size_t(token) * value_stride_ + d] = load_u16(from);
-      }
-    }
+void KvPool::import_piece(const Piece& piece, const uint8_t* from) {
+  if (!piece.values) {
+    kernels_.transpose(reinterpret_cast<const WireHalf*>(from), head_dim_, block_tokens_, head_dim_,
+                       keys(piece.layer, piece.block, piece.head), block_tokens_);
+    return;
   }
+  uint16_t* into = values(piece.layer, piece.block, piece.head);
+  if (value_stride_ == head_dim_) {
+    std::memcpy(into, from, piece_bytes());
+  } else {
+    const size_t row = sizeof(uint16_t) * head_dim_;
+    for (int token = 0; token < block_tokens_; ++token) std::memcpy(into + token * value_stride_, from + token * row, row);
+  }
+}
+
+uint32_t KvPool::export_layers(const KvRange& range, uint8_t* into, uint32_t seed) const {
+  const size_t count = pieces(range);
+  for (size_t first = 0; first < count; first += pieces_together()) {
+    const size_t end = std::min(first + pieces_together(), count);
+    for (size_t i = first; i < end; ++i) export_piece(piece(range, i), into + i * piece_bytes());
+    seed = crc32c_(into + first * piece_bytes(), (end - first) * piece_bytes(), seed);
+  }
+  return seed;
+}
+
+uint32_t KvPool::import_layers(const KvRange& range, const uint8_t* from, uint32_t seed) {
+  const size_t count = pieces(range);
+  for (size_t first = 0; first < count; first += pieces_together()) {
+    const size_t end = std::min(first + pieces_together(), count);
+    seed = crc32c_(from + first * piece_bytes(), (end - first) * piece_bytes(), seed);
+    for (size_t i = first; i < end; ++i) import_piece(piece(range, i), from + i * piece_bytes());
+  }
+  return seed;
 }
 
 void KvPool::copy_block(int from, int to) {

@@ -7,14 +7,24 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/crc32c.h"
+#include "cpu/kernels.h"
 #include "region.h"
 
 namespace penstock {
 
+// Some layers of some blocks. On the wire: [layer][block][K|V][kv head][token][head dim] f16 little-endian.
+struct KvRange {
+  const int32_t* blocks;  // [count]
+  size_t count;
+  int first_layer;
+  int layers;
+};
+
 class KvPool {
  public:
   // Memory is reserved here and committed as blocks are first written.
-  KvPool(int layers, int blocks, int kv_heads, int block_tokens, int head_dim);
+  KvPool(const Kernels& kernels, int layers, int blocks, int kv_heads, int block_tokens, int head_dim);
 
   int blocks() const { return blocks_; }
   int block_tokens() const { return block_tokens_; }
@@ -25,17 +35,37 @@ class KvPool {
   // [block_tokens, value_stride]
   uint16_t* values(int layer, int block, int head) const { return entry(layer, block, head) + value_offset_; }
 
-  // Bytes of a block in the wire layout [layer][K|V][kv head][token][head dim] f16 little-endian.
-  size_t block_bytes() const { return size_t{4} * layers_ * kv_heads_ * block_tokens_ * head_dim_; }
-  void export_block(int block, uint8_t* into) const;
-  void import_block(int block, const uint8_t* from);
+  // On the wire.
+  size_t layer_block_bytes() const { return size_t{2} * kv_heads_ * piece_bytes(); }
+  size_t block_bytes() const { return layers_ * layer_block_bytes(); }
+
+  // Write to the wire layout and read from it, at any address. Both return the CRC-32C of those bytes, continued from `seed`;
+  // what was imported has to be forgotten where it is not the one expected.
+  uint32_t export_layers(const KvRange& range, uint8_t* into, uint32_t seed) const;
+  uint32_t import_layers(const KvRange& range, const uint8_t* from, uint32_t seed);
   void copy_block(int from, int to);
 
  private:
+  // Keys or values of one head in one block of one layer: what lies together here and on the wire.
+  struct Piece {
+    int layer;
+    int block;
+    int head;
+    bool values;
+  };
+
   uint16_t* entry(int layer, int block, int head) const {
     return region_.as<uint16_t>() + (static_cast<size_t>(layer) * blocks_ + block) * block_stride_ + head * head_stride_;
   }
+  size_t piece_bytes() const { return sizeof(uint16_t) * block_tokens_ * head_dim_; }
+  size_t pieces(const KvRange& range) const { return size_t{2} * kv_heads_ * range.count * range.layers; }
+  size_t pieces_together() const;
+  Piece piece(const KvRange& range, size_t index) const;
+  void export_piece(const Piece& piece, uint8_t* into) const;
+  void import_piece(const Piece& piece, const uint8_t* from);
 
+  const Kernels& kernels_;
+  const Crc32c crc32c_;
   int layers_;
   int blocks_;
   int kv_heads_;

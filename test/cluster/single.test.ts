@@ -1,18 +1,9 @@
 import { afterAll, beforeAll, describe, expect, it } from "vitest"
 import OpenAI from "openai"
 import { ResponsesWS } from "openai/resources/responses/ws"
+import { crowd } from "../support/crowd.ts"
 import { realModelPath } from "../support/model.ts"
 import { startNode, streamCompletion, type StartedNode } from "../support/start-node.ts"
-
-const topics = ["the sea", "a small dog", "prime numbers", "the city at night", "bread", "snow in April", "an old clock", "how rivers begin"]
-
-/** Greedy and sampled requests of different lengths, with every parameter that changes what is drawn. */
-const crowd = (size: number): ReadonlyArray<Record<string, unknown>> =>
-  Array.from({ length: size }, (_, i) => {
-    const prompt = `${"Once upon a time there was a story. ".repeat(i % 7)}Tell me about ${topics[i % topics.length]}, number ${i}.`
-    const sampling = [{ temperature: 0 }, { temperature: 1, seed: i }, { temperature: 0.8, top_p: 0.9, top_k: 40, seed: i }, { temperature: 1.3, min_p: 0.05, presence_penalty: 0.5, frequency_penalty: 0.3, repetition_penalty: 1.1, seed: i }]
-    return { prompt, max_tokens: 8 + (i % 5) * 6, ignore_eos: true, ...sampling[i % 4] }
-  })
 
 const untilIdle = async (node: StartedNode): Promise<void> => {
   const { engine } = node.workers.get("w0")!.worker

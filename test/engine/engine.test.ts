@@ -286,6 +286,9 @@ const randomSpec = (id: string, random: () => number, solo: (spec: GenerationSpe
 }
 
 describe("a crowd over fake kernels and a pool far too small for it", () => {
+  let preemptions = 0
+  afterAll(() => expect(preemptions).toBeGreaterThan(40))
+
   it.each(upTo(40))("gives everybody the tokens they get alone and loses no block (seed %i)", async (seed) => {
     const random = randomNumbers(seed)
     const below = (bound: number) => Math.floor(random() * bound)
@@ -352,7 +355,7 @@ describe("a crowd over fake kernels and a pool far too small for it", () => {
       else expect(tokens, spec.id).toEqual(expected)
       if (!cut.has(generation) && spec.promptLogprobs) expect([...generation.scores.keys()].sort((a, b) => a - b)).toEqual(upTo(spec.prompt.length - 1, 1))
     }
-    expect(engine.load.preemptions).toBeGreaterThan(0)
+    preemptions += engine.load.preemptions
     expectIdle(engine, kernels)
     await engine.close()
   })

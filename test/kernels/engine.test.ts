@@ -60,6 +60,7 @@ describe("a loaded engine", () => {
       blocks: 16,
       blockTokens: 8,
       blockBytes: 2 * 2 * 2 * 8 * 16 * 2,
+      layerBlockBytes: 2 * 2 * 8 * 16 * 2,
       isa: bestInstructionSet(),
       threads: 2,
     })

@@ -2,6 +2,7 @@
  * Kernels that draw a token from a hash of the KV they find, and of the sampler's parameters: a wrong table, a block that
  * was given to two sequences or never computed shows as a wrong token, or as an error right away.
  */
+import { crc32 } from "node:zlib"
 import type { Batch, EngineInfo, SamplerOptions, StepResult } from "../../kernels/index.ts"
 import type { StepKernels } from "../../actors/engine/engine.ts"
 
@@ -55,6 +56,7 @@ export class FakeKernels implements StepKernels {
       blocks,
       blockTokens,
       blockBytes: blockTokens * 4,
+      layerBlockBytes: blockTokens * 4,
       isa: "reference",
       threads: 1,
     }
@@ -144,6 +146,18 @@ export class FakeKernels implements StepKernels {
   importBlock(block: number, from: Uint8Array): void {
     this.#notInUse(block, "imported")
     this.#blocks[block]!.set(new Int32Array(new Uint8Array(from).buffer))
+  }
+
+  exportLayers(blocks: Int32Array, _firstLayer: number, _layers: number, into: Uint8Array, offset: number, seed: number): number {
+    const { blockBytes } = this.info
+    blocks.forEach((block, i) => this.exportBlock(block, into.subarray(offset + i * blockBytes, offset + (i + 1) * blockBytes)))
+    return crc32(into.subarray(offset, offset + blocks.length * blockBytes), seed)
+  }
+
+  importLayers(blocks: Int32Array, _firstLayer: number, _layers: number, from: Uint8Array, offset: number, seed: number, crc: number): boolean {
+    const { blockBytes } = this.info
+    blocks.forEach((block, i) => this.importBlock(block, from.subarray(offset + i * blockBytes, offset + (i + 1) * blockBytes)))
+    return crc32(from.subarray(offset, offset + blocks.length * blockBytes), seed) === crc
   }
 
   copyBlock(from: number, to: number): void {

@@ -17,14 +17,16 @@ export interface StartNodeOptions {
   /** A model file; absent: a tiny model is written. */
   readonly model?: { readonly path: string; readonly name: string; readonly sha256: string }
   readonly tiny?: TinyModelOptions
-  /** Changes to the single topology. */
+  /** A preset of config/topologies; single where absent. */
+  readonly preset?: string
+  /** Changes to the preset. */
   readonly change?: (topology: Topology) => Topology
 }
 
-/** Brings up config/topologies/single.yaml, changed as asked, on a free port of loopback. */
+/** Brings up a preset, changed as asked, on a free port of loopback. */
 export const startNode = async (options: StartNodeOptions = {}): Promise<StartedNode> => {
   const folder = mkdtempSync(join(tmpdir(), "penstock-node-"))
-  const { topology } = loadTopology("config/topologies/single.yaml", { host: "127.0.0.1", port: 0 })
+  const { topology } = loadTopology(`config/topologies/${options.preset ?? "single"}.yaml`, { host: "127.0.0.1", port: 0 })
   const path = join(folder, "tiny.gguf")
   if (options.model === undefined) await writeTinyModel(path, options.tiny)
   const model = { aliases: [], ...(options.model ?? { name: "tiny", path, sha256: "0".repeat(64) }) }

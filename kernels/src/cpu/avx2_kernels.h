@@ -13,5 +13,6 @@ void quantise(const float* x, int length, QuantisedRow row);
 void linear(const Matrix& matrix, int first, int last, const LinearInput& input, float* out, size_t out_stride, uint8_t* scratch);
 void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float* scratch);
 void merge(QueryRow& row, const QueryRow& tile, int head_dim);
+void transpose(const WireHalf* from, size_t from_stride, int rows, int columns, WireHalf* to, size_t to_stride);
 
 }  // namespace penstock::avx2

@@ -94,6 +94,6 @@ void quantise(const float* x, int length, QuantisedRow row) {
 }  // namespace avx2
 
 const Kernels kAvx2Kernels = {InstructionSet::Avx2, avx2::rms_norm, avx2::swiglu, avx2::rotate, avx2::to_half,
-                              avx2::quantise,       avx2::linear,   avx2::attend, avx2::merge};
+                              avx2::quantise,       avx2::linear,   avx2::attend, avx2::merge,  avx2::transpose};
 
 }  // namespace penstock

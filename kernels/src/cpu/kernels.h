@@ -62,6 +62,9 @@ struct QueryRow {
 // Scratch that `attend` needs, in floats.
 constexpr size_t kAttendScratch = size_t{8} * (kTileTokens + kMostHeadDim);
 
+// An f16 in a message, which may begin at any byte.
+typedef uint16_t WireHalf __attribute__((aligned(1), may_alias));
+
 struct Kernels {
   InstructionSet isa;
 
@@ -88,6 +91,9 @@ struct Kernels {
   // Adds what a row gathered over the next tile by itself: attending tile after tile and merging single tiles in the same order
   // give the same bits.
   void (*merge)(QueryRow& row, const QueryRow& tile, int head_dim);
+
+  // to[column, row] = from[row, column]; strides in elements.
+  void (*transpose)(const WireHalf* from, size_t from_stride, int rows, int columns, WireHalf* to, size_t to_stride);
 };
 
 // Room for one panel with its nibbles and scales spread out to bytes and floats.

@@ -173,8 +173,17 @@ void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float*
   }
 }
 
+// ---- transfer ----
+
+void transpose(const WireHalf* from, size_t from_stride, int rows, int columns, WireHalf* to, size_t to_stride) {
+  for (int column = 0; column < columns; ++column) {
+    for (int row = 0; row < rows; ++row) to[column * to_stride + row] = from[row * from_stride + column];
+  }
+}
+
 }  // namespace
 
-const Kernels kReferenceKernels = {InstructionSet::Reference, rms_norm, swiglu, rotate, to_half, quantise, linear, attend, merge};
+const Kernels kReferenceKernels = {InstructionSet::Reference, rms_norm, swiglu, rotate, to_half,
+                                   quantise,                  linear,   attend, merge,  transpose};
 
 }  // namespace penstock

@@ -1,0 +1,36 @@
+/**
+ * What every process that runs actors says of them, again and again, to whoever listens: who serves, where, and since when.
+ */
+import { Schema } from "effect"
+import { defineTell } from "../runtime/codec.ts"
+import { Role } from "./scheduler.ts"
+
+const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
+
+export const TransferTotals = Schema.Struct({ completed: count, failed: count, fallbacks: count, bytes: count, ms: Schema.Finite })
+export type TransferTotals = typeof TransferTotals.Type
+
+export const WorkerPresence = Schema.Struct({
+  roles: Schema.Array(Role),
+  device: Schema.String,
+  load: Schema.Struct({ sequences: count, waiting: count, maxBatch: count, preemptions: count }),
+  kv: Schema.Struct({ blocks: count, freeBlocks: count, blockTokens: count, bytesPerToken: count, dtype: Schema.String, format: Schema.String }),
+  /** As measured since the start; absent before there was anything to measure. */
+  prefillTokPerS: Schema.optional(Schema.Finite),
+  transfers: TransferTotals,
+})
+export type WorkerPresence = typeof WorkerPresence.Type
+
+export const PresenceMessage = Schema.Struct({
+  kind: Schema.Literals(["request", "scheduler", "worker", "kv-store"]),
+  id: Schema.String,
+  /** Name of the machine. */
+  node: Schema.String,
+  pid: count,
+  /** Of this incarnation: a larger one than before means that what the earlier one held is gone. */
+  epoch: count,
+  state: Schema.Literals(["serving", "leaving"]),
+  worker: Schema.optional(WorkerPresence),
+})
+export type PresenceMessage = typeof PresenceMessage.Type
+export const Presence = defineTell("presence", PresenceMessage)

@@ -1,0 +1,46 @@
+/**
+ * The process of one component: it is told what to run over its channel to the supervisor, and runs it until it is told to
+ * stop or the supervisor is gone. It ignores what is meant for the whole group, such as Ctrl-C.
+ */
+import { Deferred, Effect } from "effect"
+import { readEnv } from "../../config/env.ts"
+import { limits } from "../../config/limits.ts"
+import { inboxPrefix } from "../messages/subjects.ts"
+import { connectBuses } from "../runtime/nats-bus.ts"
+import { runComponent } from "./component.ts"
+import type { ChildOrder, ChildReport } from "./component-process.ts"
+
+const report = (message: ChildReport): Promise<void> => new Promise((resolve) => (process.connected ? process.send?.(message, () => resolve()) : resolve()))
+
+process.on("SIGINT", () => {})
+process.on("SIGHUP", () => {})
+
+const run = async ({ component, topology, model, nats }: ChildOrder): Promise<number> => {
+  const stop = Deferred.makeUnsafe<void>()
+  const stopNow = () => Effect.runSync(Effect.asVoid(Deferred.succeed(stop, undefined)))
+  process.on("SIGTERM", stopNow)
+  process.on("disconnect", stopNow)
+  const name = `${component.kind} ${component.id}`
+  const program = Effect.gen(function* () {
+    const prefix = inboxPrefix(topology.cluster, component.kind, component.id)
+    const buses = yield* Effect.acquireRelease(
+      Effect.tryPromise({ try: () => connectBuses({ ...nats, name, inboxPrefix: prefix }), catch: (error) => error as Error }),
+      ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])),
+    )
+    const ready = Effect.promise(() => report({ type: "ready" }))
+    yield* Effect.raceFirst(runComponent(component, Date.now(), { topology, model, env: readEnv(), buses }, ready), Deferred.await(stop))
+  })
+  try {
+    await Effect.runPromise(Effect.scoped(program))
+    return 0
+  } catch (error) {
+    await report({ type: "failed", message: error instanceof Error ? error.message : String(error) })
+    return 1
+  }
+}
+
+const orderDeadline = setTimeout(() => process.exit(1), limits.askDeadlineMs)
+process.once("message", (order: ChildOrder) => {
+  clearTimeout(orderDeadline)
+  void run(order).then((code) => process.exit(code))
+})

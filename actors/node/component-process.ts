@@ -1,0 +1,67 @@
+/**
+ * A component in a process of its own: started, told what to run, waited for, and ended by its process id.
+ */
+import { spawn, type ChildProcess } from "node:child_process"
+import { fileURLToPath } from "node:url"
+import { Effect, type Scope } from "effect"
+import { limits } from "../../config/limits.ts"
+import type { NatsAddress, Topology } from "../../config/topology.ts"
+import type { Component } from "./component.ts"
+import type { ResolvedModel } from "./fetch-model.ts"
+import { WorkerError } from "./worker.ts"
+
+/** What a child is told to run, once. */
+export interface ChildOrder {
+  readonly component: Component
+  readonly topology: Topology
+  readonly model: ResolvedModel
+  readonly nats: NatsAddress
+}
+
+export type ChildReport = { readonly type: "ready" } | { readonly type: "failed"; readonly message: string }
+
+const program = fileURLToPath(new URL("./child.ts", import.meta.url))
+
+// Node from 22.18 on reads TypeScript by itself.
+const [major = 0, minor = 0] = process.versions.node.split(".").map(Number)
+const loader = major > 22 || (major === 22 && minor >= 18) ? [] : ["--import", "tsx"]
+
+/** Runs a component's process until it ends, which is a failure, or the Scope closes, which ends it. */
+export const componentProcess = (order: ChildOrder, ready: Effect.Effect<void>): Effect.Effect<never, WorkerError, Scope.Scope> =>
+  Effect.gen(function* () {
+    const name = `${order.component.kind} ${order.component.id}`
+    const child = yield* Effect.acquireRelease(
+      Effect.sync(() => spawn(process.execPath, [...loader, program], { stdio: ["ignore", "inherit", "inherit", "ipc"], serialization: "advanced" })),
+      end,
+    )
+    let said: string | undefined
+    const ended = Effect.callback<never, WorkerError>((resume) => {
+      const fail = (how: string) => resume(Effect.fail(new WorkerError(said ?? `${name} (process ${child.pid}) ${how}`)))
+      child.once("error", (error) => fail(`could not be started: ${error.message}`))
+      child.once("exit", (code, signal) => fail(`ended with ${signal ?? `exit code ${code}`}`))
+    })
+    const serving = Effect.callback<void>((resume) => {
+      child.on("message", (report: ChildReport) => {
+        if (report.type === "ready") resume(Effect.void)
+        else said = report.message
+      })
+      child.send(order)
+    }).pipe(
+      Effect.timeoutOrElse({ duration: limits.componentStartDeadlineMs, orElse: () => Effect.fail(new WorkerError(`${name} did not serve within ${limits.componentStartDeadlineMs} ms`)) }),
+      Effect.andThen(ready),
+      Effect.andThen(Effect.never),
+    )
+    return yield* Effect.raceFirst(ended, serving)
+  })
+
+/** SIGTERM, and SIGKILL for one that does not heed it in time. */
+const end = (child: ChildProcess): Effect.Effect<void> =>
+  Effect.callback<void>((resume) => {
+    if (child.exitCode !== null || child.signalCode !== null || child.pid === undefined) return resume(Effect.void)
+    const kill = setTimeout(() => child.kill("SIGKILL"), limits.shutdownDeadlineMs / 2)
+    child.once("exit", () => {
+      clearTimeout(kill)
+      resume(Effect.void)
+    })
+    child.kill("SIGTERM")
+  })

@@ -1,0 +1,117 @@
+/**
+ * The parts that a topology runs: each is the same program whether it shares this process over the memory bus or has one
+ * of its own over NATS.
+ */
+import { availableParallelism } from "node:os"
+import { Effect, type Scope } from "effect"
+import type { Env } from "../../config/env.ts"
+import { limits } from "../../config/limits.ts"
+import type { Topology } from "../../config/topology.ts"
+import { numericsVersion, readGguf, type Gguf } from "../../kernels/index.ts"
+import type { Buses } from "../runtime/bus.ts"
+import { Link } from "../runtime/link.ts"
+import { kvFormatId } from "../engine/worker.ts"
+import { kvStoreActor } from "../kv-store/kv-store.ts"
+import { announce } from "../presence/announce.ts"
+import { Members } from "../presence/members.ts"
+import { ChatTemplate } from "../request/chat-template.ts"
+import { requestActor } from "../request/request.ts"
+import { Tokenizer } from "../request/tokenizer.ts"
+import { isPolicyName } from "../scheduler/policy.ts"
+import { schedulerActor } from "../scheduler/scheduler.ts"
+import type { ResolvedModel } from "./fetch-model.ts"
+import { planKv } from "./kv-plan.ts"
+import { worker, WorkerError, type RunningWorker } from "./worker.ts"
+
+export interface Component {
+  readonly kind: "kv-store" | "scheduler" | "worker" | "request"
+  readonly id: string
+}
+
+export interface ComponentContext {
+  readonly topology: Topology
+  readonly model: ResolvedModel
+  readonly env: Env
+  readonly buses: Buses
+  /** Called with a worker that serves, where it runs in this process. */
+  readonly onWorker?: (running: RunningWorker) => void
+}
+
+/** Everything that a topology runs, in the order of starting: what others need comes first. */
+export const componentsOf = (topology: Topology): ReadonlyArray<ReadonlyArray<Component>> => {
+  const numbered = (kind: Component["kind"], letter: string, count: number): ReadonlyArray<Component> => Array.from({ length: count }, (_, i) => ({ kind, id: `${letter}${i}` }))
+  return [
+    [...numbered("kv-store", "k", topology.kvStore.replicas), { kind: "scheduler", id: "s0" }],
+    topology.workers.map(({ name }) => ({ kind: "worker", id: name })),
+    numbered("request", "r", topology.request.replicas),
+  ]
+}
+
+const attempt = <A>(run: () => A) => Effect.try({ try: run, catch: (error) => new WorkerError(error instanceof Error ? error.message : String(error)) })
+
+/** Runs a component of this epoch until it breaks or the Scope closes; `ready` says that it serves. */
+export const runComponent = (component: Component, epoch: number, context: ComponentContext, ready: Effect.Effect<void>): Effect.Effect<never, WorkerError, Scope.Scope> =>
+  Effect.gen(function* () {
+    const { kind, id } = component
+    const { topology, model, buses } = context
+    const { cluster } = topology
+    const link = new Link(buses.control, `${kind} ${id}`, epoch)
+    if (kind === "worker") return yield* runWorker(id, epoch, context, ready)
+    if (kind === "kv-store") {
+      yield* kvStoreActor({ link, cluster, id, memoryBytes: topology.kvStore.memory })
+    } else if (kind === "scheduler") {
+      const { policy, queue } = topology.scheduler
+      if (!isPolicyName(policy)) return yield* Effect.fail(new WorkerError(`scheduler.policy: ${policy} is not available`))
+      yield* schedulerActor({ link, cluster, policy, queue })
+    } else {
+      const gguf = yield* readModel(model)
+      const plans = yield* attempt(() => planWorkers(gguf, topology))
+      const served = yield* attempt(() => {
+        const tokenizer = new Tokenizer(gguf.metadata)
+        const template = new ChatTemplate(gguf.metadata, tokenizer)
+        const contextTokens = Math.max(...plans.map((plan) => plan.contextTokens))
+        return { tokenizer, template, modelDigest: model.sha256, formatId: formatOf(context), blockTokens: topology.workers[0]!.kv.blockTokens, contextTokens }
+      })
+      yield* requestActor({ link, cluster, id, model: served, members: yield* Members.listen(buses.control, cluster) })
+    }
+    yield* announce({ link, cluster, kind, id })
+    yield* ready
+    return yield* Effect.never
+  })
+
+/** Most tokens of a sequence in this topology. */
+export const contextTokensOf = (context: Pick<ComponentContext, "topology" | "model">): Effect.Effect<number, WorkerError> =>
+  Effect.flatMap(readModel(context.model), (gguf) => attempt(() => Math.max(...planWorkers(gguf, context.topology).map(({ contextTokens }) => contextTokens))))
+
+const readModel = (model: ResolvedModel) => Effect.tryPromise({ try: () => readGguf(model.path), catch: (error) => new WorkerError((error as Error).message) })
+
+const planWorkers = (gguf: Gguf, { workers }: Topology) =>
+  workers.map(({ kv, maxBatch }) => planKv(gguf, { blocks: kv.blocks, blockTokens: kv.blockTokens, maxBatch, freeBytes: process.availableMemory() / workers.length }))
+
+const formatOf = ({ topology, model }: ComponentContext): string => {
+  const { blockTokens, dtype } = topology.workers[0]!.kv
+  return kvFormatId({ modelDigest: model.sha256, dtype, blockTokens, numericsVersion: numericsVersion(), device: "cpu" })
+}
+
+const runWorker = (id: string, epoch: number, context: ComponentContext, ready: Effect.Effect<void>) =>
+  Effect.gen(function* () {
+    const { topology, model, env, buses } = context
+    const index = topology.workers.findIndex(({ name }) => name === id)
+    const { roles, maxBatch, threads, kv } = topology.workers[index]!
+    const gguf = yield* readModel(model)
+    const { blocks, contextTokens } = (yield* attempt(() => planWorkers(gguf, topology)))[index]!
+    const share = Math.max(1, Math.floor(availableParallelism() / topology.workers.length))
+    const kernels = {
+      path: model.path,
+      blocks,
+      blockTokens: kv.blockTokens,
+      threads: threads === "auto" ? (env.threads ?? share) : threads,
+      isa: env.isa,
+      maxRows: limits.stepTokens,
+      maxOutputs: limits.stepOutputs,
+      maxContext: contextTokens,
+    }
+    if (kv.dtype !== "f16") return yield* Effect.fail(new WorkerError(`kv.dtype: ${kv.dtype} is not available`))
+    const serving = (running: RunningWorker) => Effect.andThen(Effect.sync(() => context.onWorker?.(running)), ready)
+    return yield* worker({ buses, cluster: topology.cluster, id, roles, maxBatch, formatId: formatOf(context), dtype: kv.dtype, kernels }, epoch, serving)
+  })

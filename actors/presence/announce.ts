@@ -1,0 +1,29 @@
+/**
+ * Says that actors serve: at once, again at every interval, and when they leave.
+ */
+import { hostname } from "node:os"
+import { Effect, type Scope } from "effect"
+import { limits } from "../../config/limits.ts"
+import type { Link } from "../runtime/link.ts"
+import { Presence, type PresenceMessage } from "../messages/presence.ts"
+import { presenceSubject } from "../messages/subjects.ts"
+
+export interface AnnounceOptions {
+  readonly link: Link
+  readonly cluster: string
+  readonly kind: PresenceMessage["kind"]
+  readonly id: string
+  readonly worker?: () => NonNullable<PresenceMessage["worker"]>
+}
+
+/** Announces until the Scope closes. */
+export const announce = ({ link, cluster, kind, id, worker }: AnnounceOptions): Effect.Effect<void, never, Scope.Scope> =>
+  Effect.gen(function* () {
+    const say = (state: PresenceMessage["state"]) =>
+      Effect.ignore(
+        Effect.suspend(() => link.tell(Presence, presenceSubject(cluster), { kind, id, node: hostname(), pid: process.pid, epoch: link.epoch, state, worker: worker?.() })),
+      )
+    yield* Effect.addFinalizer(() => say("leaving"))
+    yield* say("serving")
+    yield* Effect.forkScoped(Effect.forever(Effect.andThen(Effect.sleep(limits.heartbeatIntervalMs), say("serving"))))
+  })

@@ -1,0 +1,77 @@
+/**
+ * Who serves now, as announced: the latest word of each member that has not been silent too long.
+ */
+import { Effect, type Scope } from "effect"
+import { limits } from "../../config/limits.ts"
+import type { Bus } from "../runtime/bus.ts"
+import { Presence, type PresenceMessage } from "../messages/presence.ts"
+import { presenceSubject } from "../messages/subjects.ts"
+
+interface Member {
+  readonly message: PresenceMessage
+  readonly heardAtMs: number
+}
+
+/** A member with this kind and id of an epoch up to this one is gone. */
+export type OnGone = (kind: PresenceMessage["kind"], id: string, epoch: number) => void
+
+export class Members {
+  readonly #members = new Map<string, Member>()
+  readonly #watchers = new Set<OnGone>()
+
+  /** Listens until the Scope closes. */
+  static readonly listen = (bus: Bus, cluster: string): Effect.Effect<Members, never, Scope.Scope> =>
+    Effect.gen(function* () {
+      const members = new Members()
+      yield* Effect.acquireRelease(
+        Effect.sync(() => bus.subscribe(presenceSubject(cluster), ({ data }) => members.#hear(data))),
+        (subscription) => Effect.sync(() => subscription.unsubscribe()),
+      )
+      yield* Effect.acquireRelease(
+        Effect.sync(() => setInterval(() => members.#sweep(), limits.heartbeatIntervalMs).unref()),
+        (timer) => Effect.sync(() => clearInterval(timer)),
+      )
+      return members
+    })
+
+  /** The latest word of each member, by kind and id. */
+  get all(): ReadonlyArray<PresenceMessage> {
+    return [...this.#members.values()].map(({ message }) => message).sort((a, b) => (a.kind + a.id < b.kind + b.id ? -1 : 1))
+  }
+
+  /** Tells of members that leave, fall silent or come back under a later epoch. Returns how to stop. */
+  onGone(watcher: OnGone): () => void {
+    this.#watchers.add(watcher)
+    return () => this.#watchers.delete(watcher)
+  }
+
+  #hear(data: Uint8Array): void {
+    let message: PresenceMessage
+    try {
+      message = Presence.decode(data)
+    } catch {
+      return // another version's word, or none at all
+    }
+    const key = `${message.kind} ${message.id}`
+    const known = this.#members.get(key)
+    if (known !== undefined && known.message.epoch > message.epoch) return
+    if (known !== undefined && known.message.epoch < message.epoch) this.#gone(known.message)
+    if (message.state === "leaving") {
+      if (known !== undefined && this.#members.delete(key)) this.#gone(message)
+      return
+    }
+    this.#members.set(key, { message, heardAtMs: performance.now() })
+  }
+
+  #sweep(): void {
+    for (const [key, { message, heardAtMs }] of this.#members) {
+      if (performance.now() - heardAtMs <= limits.heartbeatSilenceMs) continue
+      this.#members.delete(key)
+      this.#gone(message)
+    }
+  }
+
+  #gone({ kind, id, epoch }: PresenceMessage): void {
+    for (const watcher of this.#watchers) watcher(kind, id, epoch)
+  }
+}

@@ -1,0 +1,372 @@
+/** Placement: the policies as functions of the cluster's state, and the actor with its queue, leases and dumps. */
+import { Deferred, Effect, Exit } from "effect"
+import { TestClock } from "effect/testing"
+import { afterEach, beforeEach, describe, expect, it } from "vitest"
+import { limits } from "../../config/limits.ts"
+import { chainHashes } from "../../actors/engine/block-hash.ts"
+import { packHashes } from "../../actors/messages/hashes.ts"
+import { KvDump } from "../../actors/messages/prefill.ts"
+import { Heartbeat, KvEvents, Leave, Place, Prefilled, Release, type HeartbeatMessage, type KvEventsMessage, type PlaceMessage } from "../../actors/messages/scheduler.ts"
+import { anyId, subject } from "../../actors/messages/subjects.ts"
+import { actor, onAsk } from "../../actors/runtime/actor.ts"
+import { Link } from "../../actors/runtime/link.ts"
+import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
+import { ClusterState } from "../../actors/scheduler/cluster-state.ts"
+import { policies, type PolicyName } from "../../actors/scheduler/policy.ts"
+import { schedulerActor } from "../../actors/scheduler/scheduler.ts"
+import { until } from "../support/scoped.ts"
+
+const blockTokens = 16
+const upTo = (count: number): Array<number> => Array.from({ length: count }, (_, i) => i)
+const hashesOf = (tokens: ReadonlyArray<number>) => chainHashes("0123456789abcdef", Int32Array.from(tokens), blockTokens)
+
+const heartbeat = (worker: string, more: Partial<HeartbeatMessage> & { readonly maxBatch?: number } = {}): HeartbeatMessage => {
+  const { maxBatch = 4, ...fields } = more
+  return {
+    worker,
+    epoch: 1,
+    roles: ["prefill", "decode"],
+    load: { sequences: 0, waiting: 0, maxBatch, blocks: 100, freeBlocks: 100, blockTokens },
+    requests: [],
+    nextEventId: 0,
+    ...fields,
+  }
+}
+
+const request = (id: string, tokens: ReadonlyArray<number> = upTo(40), more: Partial<PlaceMessage> = {}): PlaceMessage => ({
+  requestId: id,
+  attempt: 0,
+  tokens: tokens.length,
+  hashes: packHashes(hashesOf(tokens)),
+  choices: 1,
+  maxTokens: 16,
+  exclude: [],
+  ...more,
+})
+
+const events = (worker: string, tokens: ReadonlyArray<number>, more: Partial<KvEventsMessage> = {}): KvEventsMessage => ({
+  worker,
+  epoch: 1,
+  firstId: 0,
+  stored: packHashes(hashesOf(tokens)),
+  removed: new Uint8Array(0),
+  ...more,
+})
+
+describe("a policy", () => {
+  const cluster = (names: ReadonlyArray<string>): ClusterState => {
+    const state = new ClusterState({ silenceMs: limits.heartbeatSilenceMs, leaseMs: limits.placementLeaseMs })
+    for (const name of names) state.heartbeat(heartbeat(name, { maxBatch: 100 }), 0)
+    return state
+  }
+  /** Places as the actor does, and returns the worker. */
+  const place = (policy: PolicyName, state: ClusterState, message: PlaceMessage): string => {
+    const candidates = { prefill: state.candidates("prefill", message), decode: state.candidates("decode", message) }
+    const { prefill, decode, prefixBlocks } = policies[policy](message, state, candidates)
+    expect(decode.id).toBe(prefill.id) // nothing has to be moved
+    state.charge({ requestId: message.requestId, attempt: message.attempt, prefill: prefill.id, decode: decode.id, choices: message.choices, computeTokens: message.tokens - prefixBlocks * blockTokens, placedAtMs: 0 })
+    return prefill.id
+  }
+
+  it("least-loaded spreads requests by the load they are predicted to bring, choices and prompts included", () => {
+    const state = cluster(["a", "b", "c"])
+    expect(upTo(6).map((i) => place("least-loaded", state, request(`r${i}`)))).toEqual(["a", "b", "c", "a", "b", "c"])
+    const uneven = cluster(["a", "b"])
+    expect(place("least-loaded", uneven, request("many", upTo(40), { choices: 8 }))).toBe("a")
+    expect(upTo(3).map((i) => place("least-loaded", uneven, request(`r${i}`, upTo(20))))).toEqual(["b", "b", "b"])
+  })
+
+  it("cache-aware sends a prefix to the worker that holds it, and what nobody holds to the least loaded", () => {
+    const state = cluster(["a", "b", "c"])
+    state.kvEvents(events("b", upTo(320)))
+    expect(place("cache-aware", state, request("known", upTo(330)))).toBe("b")
+    expect(place("cache-aware", state, request("strange", upTo(330).map((token) => token + 1)))).toBe("a")
+    expect(place("cache-aware", state, request("other", upTo(330).map((token) => token + 2)))).toBe("c")
+  })
+
+  it("cache-aware does not herd: a short prefix that everybody shares is computed once more where there is room", () => {
+    const state = cluster(["a", "b"])
+    state.kvEvents(events("a", upTo(64)))
+    const places = upTo(20).map((i) => {
+      const message = request(`r${i}`, [...upTo(64), ...upTo(10).map((token) => 1000 * (i + 1) + token)])
+      const worker = place("cache-aware", state, message)
+      state.prefilled(message)
+      if (worker === "b") state.kvEvents(events("b", upTo(64), { firstId: state.workers.get("b")!.nextEventId, stored: packHashes(state.workers.get("b")!.nextEventId === 0 ? hashesOf(upTo(64)) : []) }))
+      return worker
+    })
+    expect(places.slice(0, 3)).toEqual(["a", "a", "a"])
+    const onB = places.filter((worker) => worker === "b").length
+    expect(onB).toBeGreaterThanOrEqual(7)
+    expect(onB).toBeLessThanOrEqual(10)
+  })
+})
+
+describe("the cluster's state", () => {
+  const fresh = () => new ClusterState({ silenceMs: 1000, leaseMs: 5000 })
+  const charge = { requestId: "r", attempt: 0, prefill: "w", decode: "w", choices: 3, computeTokens: 100, placedAtMs: 0 }
+
+  it("adds load when a request is placed, corrects it when the prompt is done, and takes it away at the end", () => {
+    const state = fresh()
+    state.heartbeat(heartbeat("w"), 0)
+    const load = () => [state.sequences("w"), state.queuedTokens("w")]
+    state.charge(charge)
+    expect(load()).toEqual([3, 100])
+    expect(state.hasSlot(state.workers.get("w")!, 1)).toBe(true)
+    expect(state.hasSlot(state.workers.get("w")!, 2)).toBe(false)
+    state.prefilled(charge)
+    expect(load()).toEqual([3, 0])
+    state.release({ requestId: "r", attempt: 1 })
+    expect(load()).toEqual([3, 0])
+    state.release(charge)
+    expect(load()).toEqual([0, 0])
+  })
+
+  it("lets a charge lapse that its worker does not know of after the lease, and keeps one that it does", () => {
+    const state = fresh()
+    state.heartbeat(heartbeat("w"), 0)
+    state.charge(charge)
+    state.charge({ ...charge, requestId: "served" })
+    for (const nowMs of [1000, 5000]) {
+      state.heartbeat(heartbeat("w", { requests: ["served"] }), nowMs)
+      state.sweep(nowMs)
+      expect(state.charges.size).toBe(2)
+    }
+    state.heartbeat(heartbeat("w", { requests: ["served"] }), 5001)
+    state.sweep(5001)
+    expect([...state.charges.values()].map(({ requestId }) => requestId)).toEqual(["served"])
+  })
+
+  it("forgets a silent worker and what was placed on it", () => {
+    const state = fresh()
+    state.heartbeat(heartbeat("w"), 0)
+    state.heartbeat(heartbeat("v"), 600)
+    state.charge(charge)
+    state.sweep(1000)
+    expect(state.workers.size).toBe(2)
+    state.sweep(1001)
+    expect([...state.workers.keys()]).toEqual(["v"])
+    expect(state.charges.size).toBe(0)
+  })
+
+  it("takes a new epoch for a new worker: no prefixes, no charges; and ignores an old one's last words", () => {
+    const state = fresh()
+    state.heartbeat(heartbeat("w"), 0)
+    state.kvEvents(events("w", upTo(32)))
+    state.charge(charge)
+    expect(state.heartbeat(heartbeat("w", { epoch: 2 }), 1)).toBe(false)
+    expect([state.workers.get("w")!.prefixes.size, state.charges.size]).toEqual([0, 0])
+    expect(state.heartbeat(heartbeat("w", { epoch: 1, maxBatch: 99 }), 2)).toBe(false)
+    expect(state.kvEvents(events("w", upTo(32)))).toBe(false)
+    state.kvDump("w", 1, 7, packHashes(hashesOf(upTo(32))))
+    state.leave("w", 1)
+    expect(state.workers.get("w")).toMatchObject({ epoch: 2, load: { maxBatch: 4 }, nextEventId: 0 })
+    expect(state.workers.get("w")!.prefixes.size).toBe(0)
+  })
+
+  it("knows a gap in the events, by the next event or the next heartbeat, and goes on from a dump", () => {
+    const state = fresh()
+    expect(state.heartbeat(heartbeat("w", { nextEventId: 9 }), 0)).toBe(true) // it came late
+    state.kvDump("w", 1, 9, packHashes(hashesOf(upTo(32))))
+    expect(state.heartbeat(heartbeat("w", { nextEventId: 9 }), 0)).toBe(false)
+    expect(state.kvEvents(events("w", upTo(16), { firstId: 9, stored: new Uint8Array(0), removed: packHashes(hashesOf(upTo(16))) }))).toBe(false)
+    expect(state.workers.get("w")!.prefixes.size).toBe(1)
+    expect(state.kvEvents(events("w", upTo(16), { firstId: 8 }))).toBe(false) // an old one
+    expect(state.kvEvents(events("w", upTo(16), { firstId: 11 }))).toBe(true)
+    expect(state.heartbeat(heartbeat("w", { nextEventId: 12 }), 0)).toBe(true)
+    expect(state.workers.get("w")!.nextEventId).toBe(10)
+  })
+
+  it("offers the workers that a request has failed on only where there are no others", () => {
+    const state = fresh()
+    state.heartbeat(heartbeat("a"), 0)
+    state.heartbeat(heartbeat("b", { roles: ["decode"] }), 0)
+    const names = (role: "prefill" | "decode", exclude: ReadonlyArray<string>) => state.candidates(role, request("r", [], { exclude })).map(({ id }) => id)
+    expect(names("decode", [])).toEqual(["a", "b"])
+    expect(names("decode", ["a"])).toEqual(["b"])
+    expect(names("prefill", ["a"])).toEqual(["a"])
+    expect(names("decode", ["a", "b"])).toEqual(["a", "b"])
+  })
+})
+
+describe("the scheduler", () => {
+  let bus: MemoryBus
+  let link: Link
+  beforeEach(() => {
+    bus = new MemoryBus()
+    link = new Link(bus, "test", 1)
+  })
+  afterEach(() => bus.close())
+
+  const to = (verb: string) => subject("test", "scheduler", anyId, verb)
+  const place = (message: PlaceMessage) => link.ask(Place, to(Place.verb), message, { hop: "scheduler", deadlineMs: 60_000 })
+  const beat = (message: HeartbeatMessage) => link.tell(Heartbeat, to(Heartbeat.verb), message)
+  const release = (requestId: string, attempt = 0) => link.tell(Release, to(Release.verb), { requestId, attempt })
+  /** Lets everything happen that can without time going on. */
+  const settle = TestClock.adjust(0)
+  const fork = <A, E>(effect: Effect.Effect<A, E>) =>
+    Effect.gen(function* () {
+      const done = yield* Deferred.make<A, E>()
+      const fiber = yield* Effect.forkChild(Effect.onExit(effect, (exit) => Deferred.done(done, exit)))
+      yield* settle
+      return { fiber, done, await: Deferred.await(done) }
+    })
+
+  /** Runs a test beside a scheduler on a virtual clock. */
+  const beside = (test: Effect.Effect<void, unknown>, options: { readonly policy?: PolicyName; readonly queue?: number } = {}): Promise<void> =>
+    Effect.runPromise(
+      Effect.scoped(Effect.andThen(schedulerActor({ link: new Link(bus, "scheduler s0", 5), cluster: "test", policy: "least-loaded", queue: 2, ...options }), test)).pipe(Effect.provide(TestClock.layer())),
+    )
+
+  it("answers with the worker, what it waits for there, and its own epoch", () =>
+    beside(
+      Effect.gen(function* () {
+        yield* beat(heartbeat("w"))
+        expect(yield* place(request("r", upTo(40)))).toEqual({ prefill: "w", decode: "w", prefixBlocks: 0, estimates: { queuedTokens: 0, computeTokens: 40 }, epoch: 5 })
+        yield* link.tell(KvEvents, to(KvEvents.verb), events("w", upTo(32)))
+        expect(yield* place(request("s", upTo(40)))).toMatchObject({ prefixBlocks: 2, estimates: { queuedTokens: 40, computeTokens: 8 } })
+        yield* link.tell(Prefilled, to(Prefilled.verb), { requestId: "r", attempt: 0 })
+        expect(yield* place(request("t", upTo(40)))).toMatchObject({ estimates: { queuedTokens: 8, computeTokens: 8 } })
+      }),
+      { policy: "cache-aware" },
+    ))
+
+  it("says at once that nobody serves, and which request can never be served", () =>
+    beside(
+      Effect.gen(function* () {
+        expect(yield* Effect.flip(place(request("r")))).toMatchObject({ code: "unavailable", retryable: true, message: expect.stringContaining("no worker prefills") })
+        yield* beat(heartbeat("w", { roles: ["prefill"] }))
+        expect(yield* Effect.flip(place(request("r")))).toMatchObject({ code: "unavailable", message: expect.stringContaining("no worker decodes") })
+        yield* beat(heartbeat("v"))
+        expect(yield* Effect.flip(place(request("r", upTo(4), { choices: 5 })))).toMatchObject({ code: "invalid_request", param: "n" })
+      }),
+    ))
+
+  it("lets requests wait in order when all places are taken, and refuses beyond the queue's bound with the time to come again", () =>
+    beside(
+      Effect.gen(function* () {
+        yield* beat(heartbeat("w", { maxBatch: 2 }))
+        for (const id of ["a", "b"]) yield* place(request(id))
+        const first = yield* fork(place(request("first", upTo(4), { choices: 2 })))
+        const second = yield* fork(place(request("second")))
+        expect(yield* Effect.flip(place(request("third")))).toMatchObject({ code: "overloaded", retryAfterMs: limits.retryAfterMs, message: expect.stringContaining("2 requests wait") })
+        yield* release("a")
+        yield* settle
+        expect(yield* Deferred.isDone(first.done)).toBe(false) // it needs two places, and second does not overtake it
+        expect(yield* Deferred.isDone(second.done)).toBe(false)
+        yield* release("b")
+        yield* first.await
+        expect(yield* Deferred.isDone(second.done)).toBe(false)
+        yield* release("first")
+        yield* second.await
+      }),
+    ))
+
+  it("never refuses while it is idle, though nobody may wait", () =>
+    beside(
+      Effect.gen(function* () {
+        yield* beat(heartbeat("w", { maxBatch: 1 }))
+        yield* place(request("a"))
+        expect(yield* Effect.flip(place(request("b")))).toMatchObject({ code: "overloaded" })
+        yield* release("a")
+        yield* place(request("b"))
+      }),
+      { queue: 0 },
+    ))
+
+  it("takes a request out of its queue when it is released or its asker's time is over, and the next gets the place", () =>
+    beside(
+      Effect.gen(function* () {
+        yield* beat(heartbeat("w", { maxBatch: 1 }))
+        yield* place(request("a"))
+        const given = yield* fork(Effect.exit(place(request("given up", upTo(4), { attempt: 1 }))))
+        const next = yield* fork(place(request("next")))
+        yield* release("given up", 0) // an older attempt
+        yield* settle
+        expect(yield* Deferred.isDone(given.done)).toBe(false)
+        yield* release("given up", 1)
+        expect(yield* given.await).toEqual(Exit.fail(expect.objectContaining({ code: "cancelled" })))
+        yield* release("a")
+        yield* next.await
+        const late = yield* fork(Effect.exit(link.ask(Place, to(Place.verb), request("late"), { hop: "scheduler", deadlineMs: 60_000 })))
+        yield* TestClock.adjust(limits.heartbeatIntervalMs)
+        yield* beat(heartbeat("w", { maxBatch: 1, requests: ["next"] }))
+        expect(yield* Deferred.isDone(late.done)).toBe(false)
+      }),
+    ))
+
+  it("does not choose a worker that is silent, has left, or takes no prompt since it is full", () =>
+    beside(
+      Effect.gen(function* () {
+        yield* beat(heartbeat("a"))
+        yield* beat(heartbeat("b", { maxBatch: 1 }))
+        expect((yield* place(request("1"))).decode).toBe("a")
+        expect(yield* place(request("2"))).toMatchObject({ prefill: "b", decode: "b" })
+        expect(yield* place(request("3"))).toMatchObject({ prefill: "a", decode: "a" })
+        for (let waitedMs = 0; waitedMs <= limits.heartbeatSilenceMs; waitedMs += limits.heartbeatIntervalMs) {
+          yield* TestClock.adjust(limits.heartbeatIntervalMs)
+          yield* beat(heartbeat("b", { maxBatch: 9 }))
+        }
+        yield* TestClock.adjust(limits.heartbeatIntervalMs)
+        for (const id of ["4", "5", "6"]) expect((yield* place(request(id))).decode).toBe("b")
+        yield* link.tell(Leave, to(Leave.verb), { worker: "b", epoch: 1 })
+        expect(yield* Effect.flip(place(request("7")))).toMatchObject({ code: "unavailable" })
+      }),
+    ))
+
+  it("fails those who wait when the last worker is gone, so that they can say so", () =>
+    beside(
+      Effect.gen(function* () {
+        yield* beat(heartbeat("w", { maxBatch: 1 }))
+        yield* place(request("a"))
+        const waiting = yield* fork(Effect.exit(place(request("b"))))
+        yield* TestClock.adjust(limits.heartbeatSilenceMs + 2 * limits.heartbeatIntervalMs)
+        expect(yield* waiting.await).toEqual(Exit.fail(expect.objectContaining({ code: "unavailable" })))
+      }),
+    ))
+
+  it("frees the place of a request that nobody knows of once its lease has lapsed", () =>
+    beside(
+      Effect.gen(function* () {
+        yield* beat(heartbeat("w", { maxBatch: 1 }))
+        yield* place(request("lost"))
+        const waiting = yield* fork(place(request("b")))
+        for (let waitedMs = 0; waitedMs <= limits.placementLeaseMs; waitedMs += limits.heartbeatIntervalMs) {
+          expect(yield* Deferred.isDone(waiting.done)).toBe(false)
+          yield* TestClock.adjust(limits.heartbeatIntervalMs)
+          yield* beat(heartbeat("w", { maxBatch: 1 }))
+          yield* settle
+        }
+        yield* TestClock.adjust(limits.heartbeatIntervalMs)
+        expect((yield* waiting.await).decode).toBe("w")
+      }),
+    ))
+
+  it("asks a worker for all its prefixes when it missed some, once at a time", () =>
+    beside(
+      Effect.scoped(
+        Effect.gen(function* () {
+          let asked = 0
+          const gate = yield* Deferred.make<void>()
+          const dump = () => Effect.andThen(Effect.sync(() => void asked++), Effect.as(Deferred.await(gate), { nextEventId: 30, hashes: packHashes(hashesOf(upTo(32))) }))
+          yield* actor(new Link(bus, "prefill w", 1), [onAsk(KvDump, [{ subject: subject("test", "prefill", "w", KvDump.verb) }], dump, { concurrent: true })])
+          yield* beat(heartbeat("w", { nextEventId: 20 }))
+          yield* beat(heartbeat("w", { nextEventId: 25 }))
+          yield* link.tell(KvEvents, to(KvEvents.verb), events("w", upTo(64), { firstId: 25 }))
+          yield* place(request("behind them in the mailbox"))
+          yield* Effect.promise(() => until(() => asked > 0))
+          expect(asked).toBe(1)
+          yield* Deferred.succeed(gate, undefined)
+          let prefixBlocks = 0
+          for (let i = 0; prefixBlocks === 0; i++) {
+            ;({ prefixBlocks } = yield* place(request(`r${i}`, upTo(40))))
+            yield* release(`r${i}`)
+          }
+          expect(prefixBlocks).toBe(2)
+          yield* link.tell(KvEvents, to(KvEvents.verb), events("w", [], { firstId: 30, removed: packHashes(hashesOf(upTo(32)).slice(1)) }))
+          expect(yield* place(request("s", upTo(40)))).toMatchObject({ prefixBlocks: 1 })
+          expect(asked).toBe(1)
+        }),
+      ),
+      { policy: "cache-aware" },
+    ))
+})

@@ -1,0 +1,102 @@
+import { afterAll, beforeAll, describe, expect, it } from "vitest"
+import { crowd } from "../support/crowd.ts"
+import { realModelPath } from "../support/model.ts"
+import { startNode, streamCompletion, type StartedNode } from "../support/start-node.ts"
+
+interface Actors {
+  readonly workers: ReadonlyArray<{ name: string; pid: number; epoch: number; load: { sequences: number }; kv: { blocks: number; freeBlocks: number } }>
+  readonly actors: ReadonlyArray<{ kind: string; id: string; pid: number }>
+  readonly transfers: { completed: number; failed: number; fallbacks: number; bytes: number }
+}
+
+const actorsOf = async (node: StartedNode): Promise<Actors> => (await (await fetch(`${node.url}/actors`)).json()) as Actors
+
+const until = async (holds: () => Promise<boolean>): Promise<void> => {
+  while (!(await holds())) await new Promise((resolve) => setTimeout(resolve, 50))
+}
+
+const everyBlockFree = (node: StartedNode) =>
+  until(async () => (await actorsOf(node)).workers.every(({ load, kv }) => load.sequences === 0 && kv.freeBlocks === kv.blocks))
+
+const path = realModelPath()
+const smol = path === undefined ? undefined : { path, name: "smollm2-135m", sha256: "b".repeat(64) }
+
+describe.skipIf(smol === undefined)("the disaggregated topology with SmolLM2", () => {
+  let single: StartedNode
+  let disaggregated: StartedNode
+  beforeAll(async () => {
+    single = await startNode({ model: smol })
+    disaggregated = await startNode({ model: smol, preset: "disaggregated" })
+  }, 120_000)
+  afterAll(async () => {
+    await single.stop()
+    await disaggregated.stop()
+  })
+
+  it("gives 64 mixed prompts, greedy and sampled, the tokens that the single topology gives", async () => {
+    const requests = crowd(64)
+    const expected = await Promise.all(requests.map((request) => streamCompletion(single, request)))
+    const found = await Promise.all(requests.map((request) => streamCompletion(disaggregated, request)))
+    expect(found).toEqual(expected)
+    const { transfers } = await actorsOf(disaggregated)
+    expect(transfers.fallbacks).toBe(0)
+    await until(async () => (await actorsOf(disaggregated)).transfers.completed > 0)
+    await everyBlockFree(disaggregated)
+  })
+
+  it("runs every actor in a process of its own", async () => {
+    const { actors } = await actorsOf(disaggregated)
+    expect(actors.map(({ kind }) => kind).sort()).toEqual(["decode", "gateway", "kv-store", "prefill", "request", "scheduler"])
+    expect(new Set(actors.map(({ pid }) => pid)).size).toBe(6)
+  })
+})
+
+describe("the disaggregated topology with a tiny model", () => {
+  const request = { prompt: "A long story about a lighthouse keeper and the sea:", max_tokens: 400, ignore_eos: true, temperature: 1, seed: 7 }
+  let node: StartedNode
+  let undisturbed: Awaited<ReturnType<typeof streamCompletion>>
+  beforeAll(async () => {
+    node = await startNode({ preset: "disaggregated" })
+    undisturbed = await streamCompletion(node, request)
+  }, 120_000)
+  afterAll(() => node.stop())
+
+  const pidOf = async (name: string) => (await actorsOf(node)).workers.find((worker) => worker.name === name)!.pid
+  const back = (name: string, old: number) => until(async () => (await actorsOf(node)).workers.some((worker) => worker.name === name && worker.pid !== old))
+
+  it("the only decode worker killed mid-stream: the client sees the same text", async () => {
+    const pid = await pidOf("d0")
+    const disturbed = streamCompletion(node, request)
+    await until(async () => (await actorsOf(node)).workers.some(({ name, load }) => name === "d0" && load.sequences > 0))
+    process.kill(pid, "SIGKILL")
+    expect(await disturbed).toEqual(undisturbed)
+    await back("d0", pid)
+    await everyBlockFree(node)
+  })
+
+  it("the only prefill worker killed: decode computes the prompt itself, or waits for it to come back", async () => {
+    const pid = await pidOf("p0")
+    process.kill(pid, "SIGKILL")
+    expect(await streamCompletion(node, request)).toEqual(undisturbed)
+    await back("p0", pid)
+    await everyBlockFree(node)
+  })
+
+  it("several choices of one request share one prefill and one transfer", async () => {
+    const ask = async () => {
+      const response = await fetch(`${node.url}/v1/completions`, { method: "POST", body: JSON.stringify({ model: "tiny", prompt: "My favourite thing is", n: 4, seed: 5, max_tokens: 20, ignore_eos: true, return_token_ids: true }) })
+      return ((await response.json()) as { choices: Array<{ index: number; token_ids: Array<number> }> }).choices.map(({ token_ids }) => token_ids)
+    }
+    const before = (await actorsOf(node)).transfers.completed
+    const four = await ask()
+    expect(four.map((tokens) => tokens.length)).toEqual([20, 20, 20, 20])
+    await until(async () => (await actorsOf(node)).transfers.completed === before + 1)
+    const alone = await startNode()
+    try {
+      const response = await fetch(`${alone.url}/v1/completions`, { method: "POST", body: JSON.stringify({ model: "tiny", prompt: "My favourite thing is", n: 4, seed: 5, max_tokens: 20, ignore_eos: true, return_token_ids: true }) })
+      expect(((await response.json()) as { choices: Array<{ token_ids: Array<number> }> }).choices.map(({ token_ids }) => token_ids)).toEqual(four)
+    } finally {
+      await alone.stop()
+    }
+  })
+})

@@ -25,7 +25,7 @@ export class StoreWriter {
   }
 
   /** Writes until the Scope closes. */
-  run(options: { readonly link: Link; readonly cluster: string; readonly worker: Worker }): Effect.Effect<void, never, Scope.Scope> {
+  run(options: { readonly link: Link; readonly cluster: string; readonly worker: Pick<Worker, "engine" | "formatId"> }): Effect.Effect<void, never, Scope.Scope> {
     const { link, cluster, worker } = options
     const hop = { hop: "kv-store", deadlineMs: limits.storeDeadlineMs }
     const { formatId } = worker

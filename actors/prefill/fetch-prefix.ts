@@ -14,7 +14,7 @@ import type { Worker } from "../engine/worker.ts"
 export interface FetchPrefixOptions {
   readonly link: Link
   readonly cluster: string
-  readonly worker: Worker
+  readonly worker: Pick<Worker, "engine" | "formatId">
   readonly transferId: string
 }
 

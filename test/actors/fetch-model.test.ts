@@ -4,12 +4,12 @@ import { createServer, type IncomingMessage, type ServerResponse } from "node:ht
 import type { AddressInfo } from "node:net"
 import { hostname, tmpdir } from "node:os"
 import { dirname, join } from "node:path"
-import { deflateRawSync } from "node:zlib"
 import { afterEach, beforeEach, describe, expect, test } from "vitest"
 import { fetchModel, type FetchOptions } from "../../actors/node/fetch-model.ts"
 import { unpackMember } from "../../actors/node/wheel.ts"
 import { takeLock } from "../../config/folder-lock.mjs"
 import type { ModelSpec } from "../../config/models.ts"
+import { zip } from "../support/zip.ts"
 
 const body = Buffer.from(Array.from({ length: 300_000 }, (_, i) => (i * 7919) % 251))
 const sha256 = createHash("sha256").update(body).digest("hex")
@@ -188,26 +188,6 @@ describe("fetching a model", () => {
     await expect(fetchModel(spec({ path: join(home, "none") }), options)).rejects.toThrow(/none: no such file/)
   })
 })
-
-/** A zip file of one member; enough of the format for the reader. */
-const zip = (name: string, content: Buffer): Buffer => {
-  const packed = deflateRawSync(content)
-  const local = Buffer.alloc(30)
-  local.writeUInt32LE(0x04034b50, 0)
-  local.writeUInt16LE(8, 8)
-  local.writeUInt16LE(name.length, 26)
-  const central = Buffer.alloc(46)
-  central.writeUInt32LE(0x02014b50, 0)
-  central.writeUInt16LE(8, 10)
-  central.writeUInt32LE(packed.length, 20)
-  central.writeUInt32LE(content.length, 24)
-  central.writeUInt16LE(name.length, 28)
-  const end = Buffer.alloc(22)
-  end.writeUInt32LE(0x06054b50, 0)
-  end.writeUInt32LE(46 + name.length, 12)
-  end.writeUInt32LE(30 + name.length + packed.length, 16)
-  return Buffer.concat([local, Buffer.from(name), packed, central, Buffer.from(name), end])
-}
 
 describe("a wheel", () => {
   test("a member is unpacked and digested; a missing one and a broken file are refused", async () => {

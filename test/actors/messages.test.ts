@@ -34,7 +34,7 @@ const prefillFrame: fc.Arbitrary<PrefillFrame> = fc.oneof(
 )
 
 const named = fc.record({ token: fc.nat(), text: fc.string({ unit: "binary" }), bytes: fc.uint8Array({ maxLength: 8 }), logprob: fc.double({ noNaN: true, max: -Number.MIN_VALUE }) })
-const tokenLogprob: fc.Arbitrary<TokenLogprob> = fc.record({ ...{ token: fc.nat(), text: fc.string(), bytes: fc.uint8Array({ maxLength: 8 }) }, logprob: fc.option(fc.double({ noNaN: true, max: -Number.MIN_VALUE })), top: fc.array(named, { maxLength: 5 }) })
+const tokenLogprob: fc.Arbitrary<TokenLogprob> = fc.record({ token: fc.nat(), text: fc.string(), bytes: fc.uint8Array({ maxLength: 8 }), logprob: fc.option(fc.double({ noNaN: true, max: -Number.MIN_VALUE })), top: fc.array(named, { maxLength: 5 }) })
 const generateEvent: fc.Arbitrary<GenerateEvent> = fc.oneof(
   fc.record({ type: fc.constant("prompt" as const), tokens: fc.array(int32).map(packTokens), text: fc.string({ unit: "binary" }), cachedTokens: fc.nat() }),
   fc.record({ type: fc.constant("scores" as const), logprobs: fc.array(tokenLogprob, { maxLength: 5 }) }),

@@ -1,6 +1,5 @@
 /** The request actor over real workers, scheduler and store with a tiny model: from text to text. */
-import { afterAll, beforeAll, describe, expect, it } from "vitest"
-import { Finish } from "../../actors/messages/decode.ts"
+import { afterAll, beforeAll, describe, expect, it, vi } from "vitest"
 import { decodeGenerateEvent } from "../../actors/messages/request.ts"
 import { Fault } from "../../actors/runtime/fault.ts"
 import { Cluster, type Asked } from "../support/cluster.ts"
@@ -163,17 +162,24 @@ describe("a request", () => {
 
   it("loses no place at the scheduler, however requests end", async () => {
     // More than the scheduler has places, one after the other: a place that was lost would be missed.
-    for (let round = 0; round < 3; round++) await Promise.all(upTo(9).map((i) => cluster.generate({ prompt: `Round ${round} ${i}`, maxTokens: 2 })))
-    expect(Finish.verb).toBe("finish")
+    for (let round = 0; round < 3; round++) {
+      const answers = await Promise.all(upTo(9).map((i) => cluster.generate({ prompt: `Round ${round} ${i}`, maxTokens: 2 })))
+      expect(answers.map(({ usage }) => usage.completionTokens)).toEqual(upTo(9).map(() => 2))
+    }
   })
 })
 
 describe("a worker that breaks in the middle of streams", () => {
   let cluster: Cluster
+  const shown = vi.spyOn(console, "error").mockImplementation(() => {})
   beforeAll(async () => {
     cluster = await Cluster.start({ change: (topology) => ({ ...topology, workers: topology.workers.map((worker) => ({ ...worker, threads: 1 })) }) })
   })
-  afterAll(() => cluster.stop())
+  afterAll(async () => {
+    await cluster.stop()
+    expect(shown.mock.calls.join()).toContain("worker w0 failed and is restarted")
+    shown.mockRestore()
+  })
 
   it("costs time and no token: every stream goes on with the same text, choices and log probabilities included", async () => {
     const requests: ReadonlyArray<Asked> = upTo(5).map((i) => ({ prompt: `Story ${i}: the gate`, maxTokens: 40, choices: 1 + (i % 3), logprobs: i % 2 === 0 ? 1 : undefined, sampling: { temperature: 1, seed: i } }))

@@ -19,8 +19,13 @@ export interface StartedNats {
 
 export const startNats = async (): Promise<StartedNats> => {
   const scope = Effect.runSync(Scope.make())
-  const server = await Effect.runPromise(Scope.provide(superviseNatsServer(), scope))
-  return { server, stop: () => Effect.runPromise(Scope.close(scope, Exit.void)) }
+  const stop = () => Effect.runPromise(Scope.close(scope, Exit.void))
+  try {
+    return { server: await Effect.runPromise(Scope.provide(superviseNatsServer(), scope)), stop }
+  } catch (error) {
+    await stop()
+    throw error
+  }
 }
 
 export interface ConfiguredNats {

@@ -1,0 +1,249 @@
+/** The KV store: what it keeps, what it forgets, and that a prefix found there gives the tokens that computing it gives. */
+import { Effect } from "effect"
+import fc from "fast-check"
+import { afterEach, beforeEach, describe, expect, it } from "vitest"
+import { limits } from "../../config/limits.ts"
+import { chainHashes, hashRoot } from "../../actors/engine/block-hash.ts"
+import { Engine } from "../../actors/engine/engine.ts"
+import { BlockCache } from "../../actors/kv-store/block-cache.ts"
+import { kvStoreActor } from "../../actors/kv-store/kv-store.ts"
+import { packHashes } from "../../actors/messages/hashes.ts"
+import { Get, Have, Put } from "../../actors/messages/kv-store.ts"
+import { anyId, subject } from "../../actors/messages/subjects.ts"
+import { fetchPrefix } from "../../actors/prefill/fetch-prefix.ts"
+import { StoreWriter } from "../../actors/decode/store-writer.ts"
+import { Link } from "../../actors/runtime/link.ts"
+import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
+import { Cluster } from "../support/cluster.ts"
+import { FakeKernels } from "../support/fake-kernels.ts"
+import { Generation, specOf } from "../support/generation.ts"
+import { testScope, until, type TestScope } from "../support/scoped.ts"
+
+const upTo = (count: number): Array<number> => Array.from({ length: count }, (_, i) => i)
+const hash = (n: number): string => String(n).padStart(16, "h")
+
+describe("a block cache", () => {
+  it("keeps what was used last within its bytes, against a list as model", () => {
+    const operation = fc.oneof(
+      fc.record({ type: fc.constant("put" as const), key: fc.nat(6), bytes: fc.integer({ min: 0, max: 60 }) }),
+      fc.record({ type: fc.constantFrom("get" as const, "has" as const), key: fc.nat(6) }),
+    )
+    fc.assert(
+      fc.property(fc.array(operation, { maxLength: 80 }), (operations) => {
+        const cache = new BlockCache(100)
+        let model: Array<{ readonly key: string; readonly bytes: Uint8Array }> = [] // least recently used first
+        const touch = (key: string) => {
+          const found = model.find((entry) => entry.key === key)
+          if (found !== undefined) model = [...model.filter((entry) => entry !== found), found]
+          return found?.bytes
+        }
+        for (const operation of operations) {
+          const key = `k${operation.key}`
+          if (operation.type === "put") {
+            const bytes = new Uint8Array(operation.bytes)
+            expect(cache.put(key, bytes)).toBe(true)
+            if (touch(key) === undefined) model.push({ key, bytes })
+            while (model.reduce((sum, entry) => sum + entry.bytes.byteLength, 0) > 100) model.shift()
+          } else if (operation.type === "has") expect(cache.has(key)).toBe(model.some((entry) => entry.key === key))
+          else expect(cache.get(key)).toBe(touch(key))
+          expect(cache.size).toBe(model.length)
+          expect(cache.bytes).toBe(model.reduce((sum, entry) => sum + entry.bytes.byteLength, 0))
+        }
+      }),
+    )
+  })
+
+  it("refuses what is larger than all of it, and keeps what it has", () => {
+    const cache = new BlockCache(10)
+    cache.put("a", new Uint8Array(10))
+    expect(cache.put("b", new Uint8Array(11))).toBe(false)
+    expect([cache.has("a"), cache.has("b")]).toEqual([true, false])
+  })
+})
+
+describe("a KV store", () => {
+  let bus: MemoryBus
+  let scope: TestScope
+  let link: Link
+  beforeEach(async () => {
+    bus = new MemoryBus()
+    scope = testScope()
+    link = new Link(bus, "test", 1)
+    await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), cluster: "test", id: "k0", memoryBytes: 1000 }))
+  })
+  afterEach(async () => {
+    await scope.close()
+    await bus.close()
+  })
+
+  const to = (verb: string) => subject("test", "kv-store", anyId, verb)
+  const hop = { hop: "kv-store" }
+  const put = (n: number, bytes: Uint8Array, formatId = "f") => Effect.runPromise(link.ask(Put, to(Put.verb), { formatId, hash: packHashes([hash(n)]), bytes }, hop))
+  const have = async (numbers: ReadonlyArray<number>, formatId = "f") => (await Effect.runPromise(link.ask(Have, to(Have.verb), { formatId, hashes: packHashes(numbers.map(hash)) }, hop))).present
+  const open = (numbers: ReadonlyArray<number>, formatId = "f", windowFrames = 4) => Effect.runPromise(link.open(Get, to(Get.verb), { formatId, hashes: packHashes(numbers.map(hash)) }, { ...hop, windowFrames }))
+  const get = async (numbers: ReadonlyArray<number>, formatId?: string) => {
+    const got: Array<number> = []
+    for await (const block of await open(numbers, formatId)) got.push(block[0]!)
+    return got
+  }
+  const block = (n: number, size = 10) => new Uint8Array(size).fill(n)
+
+  it("says what it has, and gives the leading blocks that are there, in order", async () => {
+    for (const n of [1, 2, 3, 5]) expect(await put(n, block(n))).toEqual({ stored: true })
+    expect(await have([1, 2, 3, 4, 5])).toEqual([true, true, true, false, true])
+    expect(await get([1, 2, 3, 4, 5])).toEqual([1, 2, 3])
+    expect(await get([4, 5])).toEqual([])
+    expect(await get([])).toEqual([])
+  })
+
+  it("keeps formats apart", async () => {
+    await put(1, block(1), "a")
+    await put(1, block(2), "b")
+    expect([await get([1], "a"), await get([1], "b"), await get([1], "c")]).toEqual([[1], [2], []])
+  })
+
+  it("forgets the blocks that were used least recently beyond its bytes", async () => {
+    for (const n of upTo(10)) await put(n, block(n, 100))
+    await get([0])
+    await put(0, block(99, 100)) // here already: only touched
+    await put(10, block(10, 100))
+    await put(11, block(11, 200))
+    expect(await have(upTo(12))).toEqual([true, false, false, false, ...upTo(8).map(() => true)])
+    expect(await get([0])).toEqual([0])
+    expect(await put(12, block(12, 1001))).toEqual({ stored: false })
+  })
+
+  it("keeps its own copy of what it is given", async () => {
+    const bytes = block(1)
+    await put(1, bytes)
+    bytes.fill(9)
+    expect(await get([1])).toEqual([1])
+  })
+
+  it("serves others when a client stops reading, and one that never reads", async () => {
+    for (const n of upTo(40)) await put(n, block(n))
+    const stopped = await open(upTo(40), "f", 2)
+    await stopped.next()
+    const idle = await open(upTo(40), "f", 2)
+    stopped.cancel("enough")
+    expect(await get(upTo(40))).toEqual(upTo(40))
+    for (const n of upTo(40)) expect((await idle.next())![0]).toBe(n)
+    expect(await idle.next()).toBeUndefined()
+  })
+
+  describe("for a worker's engine", () => {
+    const spec = specOf("a", upTo(30).map((i) => 10 + i), { maxTokens: 4 })
+    const formatId = "fake"
+    const computed = async () => {
+      const writer = new StoreWriter()
+      const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker donor", maxBatch: 4, events: { stored: (stored) => writer.stored(stored), removed: () => {} } })
+      await scope.start(writer.run({ link, cluster: "test", worker: { engine, formatId } }))
+      const { tokens } = await new Generation(engine, spec).run()
+      return { engine, tokens }
+    }
+    const fetchInto = async (more: { readonly formatId?: string; readonly cluster?: string } = {}) => {
+      const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
+      const generation = new Generation(engine, spec)
+      await generation.reserved
+      const fetched = await Effect.runPromise(fetchPrefix({ link, cluster: more.cluster ?? "test", worker: { engine, formatId: more.formatId ?? formatId }, transferId: "a" }))
+      await generation.run()
+      engine.checkInvariants()
+      return { fetched, generation, engine }
+    }
+    const stored = (numbers: number) => chainHashes(spec.hashRoot, spec.prompt, 4).slice(0, numbers)
+    const isStored = async () => (await Effect.runPromise(link.ask(Have, to(Have.verb), { formatId, hashes: packHashes(stored(7)) }, hop))).present.every((here) => here)
+
+    it("is filled in the background, and what is fetched is not computed, with the same tokens", async () => {
+      const { tokens } = await computed()
+      while (!(await isStored()));
+      const { fetched, generation, engine } = await fetchInto()
+      expect([fetched, generation.cachedTokens, engine.counters.cachedTokens]).toEqual([7, 28, 28])
+      expect(generation.tokens).toEqual(tokens)
+    })
+
+    it("is missed, and nothing worse, where it is not there, has another format, or gives what is no block", async () => {
+      const { tokens } = await computed()
+      while (!(await isStored()));
+      for (const more of [{ cluster: "another" }, { formatId: "another" }]) {
+        const { fetched, generation } = await fetchInto(more)
+        expect([fetched, generation.cachedTokens]).toEqual([0, 0])
+        expect(generation.tokens).toEqual(tokens)
+      }
+      for (const one of stored(3)) await Effect.runPromise(link.ask(Put, to(Put.verb), { formatId: "strange", hash: packHashes([one]), bytes: block(1, 5) }, hop))
+      const { generation } = await fetchInto({ formatId: "strange" })
+      expect(generation.cachedTokens).toBe(0)
+      expect(generation.tokens).toEqual(tokens)
+    })
+
+    it("is left alone from the moment that the generation is given up", async () => {
+      const { engine: donor } = await computed()
+      while (!(await isStored()));
+      await donor.close()
+      const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
+      const generation = new Generation(engine, spec)
+      await generation.reserved
+      const fetching = Effect.runPromise(fetchPrefix({ link, cluster: "test", worker: { engine, formatId }, transferId: "a" }))
+      engine.cancel("a")
+      expect(await fetching).toBe(0)
+      engine.checkInvariants()
+      expect(engine.blocks.available).toBe(12)
+    })
+  })
+})
+
+describe("a conversation whose blocks have left the pool", () => {
+  const prompt = "The water comes down the penstock and turns the wheel, and the wheel turns the stones that grind the corn. ".repeat(2)
+  const start = (kvStore: { readonly replicas?: number; readonly memory?: number }) =>
+    Cluster.start({ change: (topology) => ({ ...topology, kvStore: { ...topology.kvStore, ...kvStore }, workers: topology.workers.map((worker) => ({ ...worker, threads: 1, kv: { ...worker.kv, blocks: 16 } })) }) })
+  /** Asks, waits until its blocks are stored or cannot be, has others push it out of the pool, and asks again. */
+  const twice = async (cluster: Cluster, isKept: boolean) => {
+    const { worker } = cluster.node.workers.get("w0")!
+    const first = await cluster.generate({ prompt })
+    const root = hashRoot({ modelDigest: "0".repeat(64), tenant: "tests", cacheSalt: undefined })
+    const hashes = chainHashes(root, Int32Array.from(first.promptTokens), worker.engine.blockTokens)
+    expect(hashes.length).toBeGreaterThan(2)
+    expect(worker.engine.blocks.countPrefix(hashes)).toBe(hashes.length)
+    const ask = cluster.link.ask(Have, subject("main", "kv-store", anyId, Have.verb), { formatId: worker.formatId, hashes: packHashes(hashes) }, { hop: "kv-store" })
+    while (isKept && !(await Effect.runPromise(ask)).present.every((here) => here));
+    for (let i = 0; worker.engine.blocks.countPrefix(hashes) > 0; i++) await cluster.generate({ prompt: upTo(150).map((token) => 3 + ((token * 7 + i) % 250)), maxTokens: 1 })
+    return { first, second: await cluster.generate({ prompt }), hashes }
+  }
+
+  it("is found in the store: only the rest is computed, and the tokens are the same", async () => {
+    const cluster = await start({})
+    const { first, second, hashes } = await twice(cluster, true)
+    expect(first.usage.cachedTokens).toBe(0)
+    expect(second.usage.cachedTokens).toBe(16 * Math.min(hashes.length, Math.floor((first.promptTokens.length - 1) / 16)))
+    expect(second.tokens).toEqual(first.tokens)
+    await cluster.untilIdle()
+    await cluster.stop()
+  })
+
+  it.each([
+    ["without a store", { replicas: 0 }],
+    ["with a store that keeps nothing", { memory: 1 }],
+  ])("is computed again %s, with the same tokens and no error", async (_, kvStore) => {
+    const cluster = await start(kvStore)
+    const { first, second } = await twice(cluster, false)
+    expect(second.usage.cachedTokens).toBe(0)
+    expect(second.tokens).toEqual(first.tokens)
+    await cluster.untilIdle()
+    await cluster.stop()
+  })
+})
+
+it("a store that does not answer costs a deadline and not the answer", async () => {
+  const bus = new MemoryBus()
+  const link = new Link(bus, "test", 1)
+  const silent = new Promise<void>((resolve) => bus.subscribe(subject("test", "kv-store", anyId, Get.verb), () => resolve()))
+  const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
+  const generation = new Generation(engine, specOf("a", upTo(20), { maxTokens: 2 }))
+  await generation.reserved
+  const fetching = Effect.runPromise(fetchPrefix({ link, cluster: "test", worker: { engine, formatId: "f" }, transferId: "a" }))
+  await silent
+  expect(await fetching).toBe(0)
+  await generation.run()
+  expect(generation.tokens[0]).toHaveLength(2)
+  await until(() => engine.requestIds.length === 0)
+  await bus.close()
+}, 10 * limits.storeDeadlineMs)

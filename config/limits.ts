@@ -18,7 +18,7 @@ export const limits = {
   busReconnectDelayMs: 50,
   /** … up to this. */
   busReconnectDelayMaxMs: 2_000,
-  /** A NATS connection is probed this often; after two probes without an answer it is lost. */
+  /** A NATS connection is probed this often; after three probes without an answer it is lost. */
   busPingIntervalMs: 3_000,
   /** Time that closing a bus may take to deliver what is on its way. */
   busDrainDeadlineMs: 1_000,
@@ -105,7 +105,10 @@ export const limits = {
   storeQueueBlocks: 4_096,
   /** Longest wait for an answer of the KV store; after it, a miss. */
   storeDeadlineMs: 2_000,
-  /** Most bytes of one chunk of a KV transfer, its header included; a bus with a smaller limit is refused at start. */
+  /**
+   * Bytes of one chunk of a KV transfer at most, its header included; on a bus with a smaller limit chunks are cut to that. One
+   * layer of one block is the least, and where that does not fit the bus, a worker that moves KV does not start.
+   */
   kvChunkBytes: 512 * 1024,
   /** Bytes of chunks that a receiver lets be on their way. */
   kvWindowBytes: 8 * 1024 * 1024,
@@ -124,6 +127,10 @@ export const limits = {
   shutdownGraceMs: 300,
   /** Time that the rest of an orderly shutdown may take. */
   shutdownDeadlineMs: 3_000,
+  /** Spans are sent this long after they have ended, in batches. */
+  telemetryDelayMs: 1_000,
+  /** Longest wait of a process that ends for its last spans to be taken. */
+  telemetryFlushDeadlineMs: 400,
   /** A supervisor waits this long before the first restart, doubling … */
   restartDelayMs: 50,
   /** … up to this. */
@@ -140,6 +147,8 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.busPingIntervalMs * 3 <= limits.streamSilenceMs, "busPingIntervalMs * 3 <= streamSilenceMs"],
   [limits.busReconnectDelayMaxMs * 4 <= limits.recoveryDeadlineMs, "busReconnectDelayMaxMs * 4 <= recoveryDeadlineMs"],
   [limits.busDrainDeadlineMs + limits.natsServerStopDeadlineMs < limits.shutdownDeadlineMs, "busDrainDeadlineMs + natsServerStopDeadlineMs < shutdownDeadlineMs"],
+  // Processes end stage by stage, the gateway's last.
+  [limits.telemetryFlushDeadlineMs * 4 + limits.busDrainDeadlineMs < limits.shutdownDeadlineMs, "telemetryFlushDeadlineMs * 4 + busDrainDeadlineMs < shutdownDeadlineMs"],
   [limits.kvChunkBytes < limits.maxPayloadBytes, "kvChunkBytes < maxPayloadBytes"],
   [limits.kvChunkBytes * 4 <= limits.kvWindowBytes, "kvChunkBytes * 4 <= kvWindowBytes"],
   [limits.kvProgressIntervalMs * 10 <= limits.kvSilenceMs, "kvProgressIntervalMs * 10 <= kvSilenceMs"],

@@ -24,8 +24,7 @@ const rules: ReadonlyArray<Rule> = [
   eachWorker((worker, at) => one(worker.kv.dtype !== "f16", [...at, "kv", "dtype"], "f16")),
   ({ kvStore }) => one(kvStore.replicas > 1, ["kvStore", "replicas"], "1"),
   ({ kvStore }) => one(kvStore.disk !== undefined, ["kvStore", "disk"], "no disk key"),
-  ({ kvStore }) => one(kvStore.eviction !== "lru", ["kvStore", "eviction"], "lru"),
-  ({ telemetry }) => one(telemetry.otlp !== null, ["telemetry", "otlp"], "null")
+  ({ kvStore }) => one(kvStore.eviction !== "lru", ["kvStore", "eviction"], "lru")
 ]
 
 /** Everything in this topology that would silently do nothing if it were let through. */

@@ -5,15 +5,17 @@ import { HttpServerResponse } from "effect/http"
 import type { Scope } from "effect/Scope"
 import type { ServerResponse } from "node:http"
 import { limits } from "../config/limits.ts"
+import { attributes } from "../config/telemetry.ts"
 import { Generate, type FinishReason, type GenerateEvent, type TokenLogprob, type Usage } from "../actors/messages/request.ts"
 import { anyId, subject } from "../actors/messages/subjects.ts"
 import { attempt, type Call, type GatewayContext } from "./call.ts"
 import { ApiError, asApiError, clientGone, internalError, reportDefect } from "./errors.ts"
 import { Batch, Generation, type BatchEvent, type GenerateOrder, type OpenGenerate } from "./generation.ts"
 import { SseWriter } from "./sse.ts"
+import { requestAttributes, responseAttributes } from "./trace.ts"
 
-/** Opens a generation for each order; they are cancelled when the scope closes, whatever closes it. */
-export const openBatch = (gateway: GatewayContext, call: Pick<Call, "onStop">, orders: ReadonlyArray<GenerateOrder>): Effect.Effect<Batch, ApiError, Scope> =>
+/** Opens a generation for each order of the answer `id`; they are cancelled when the scope closes, whatever closes it. */
+export const openBatch = (gateway: GatewayContext, call: Pick<Call, "onStop">, id: string, orders: ReadonlyArray<GenerateOrder>): Effect.Effect<Batch, ApiError, Scope> =>
   Effect.flatMap(Effect.context<never>(), (context) => {
     const to = subject(gateway.cluster, "request", anyId, Generate.verb)
     const open: OpenGenerate = (message, deadlineMs) => Effect.runSyncWith(context)(gateway.link.open(Generate, to, message, { hop: "request", deadlineMs }))
@@ -23,8 +25,8 @@ export const openBatch = (gateway: GatewayContext, call: Pick<Call, "onStop">, o
         call.onStop((fault) => batch.stop(fault))
         return batch
       }),
-      (batch) => Effect.sync(() => batch.stop(clientGone)),
-    )
+      (batch) => Effect.andThen(Effect.sync(() => batch.stop(clientGone)), Effect.suspend(() => Effect.annotateCurrentSpan(responseAttributes(batch)))),
+    ).pipe(Effect.tap(() => Effect.annotateCurrentSpan(requestAttributes(gateway.model.id, id, orders))))
   })
 
 export interface Choice {
@@ -87,7 +89,7 @@ export interface StreamFormat {
  * effect's; a later one is written into the stream, which then ends.
  */
 export const streamBatch = (gateway: GatewayContext, call: Call, batch: Batch, format: StreamFormat): Effect.Effect<HttpServerResponse.HttpServerResponse, ApiError> =>
-  attempt(async () => {
+  Effect.andThen(Effect.annotateCurrentSpan(attributes.requestStream, true), attempt(async () => {
     // The server is HTTP/1.1 only (gateway.ts).
     const response = NodeHttpServerRequest.toServerResponse(call.request) as ServerResponse
     const sse = new SseWriter(response, { headers: { "x-request-id": call.requestId }, keepAliveMs: gateway.keepAliveMs, stallMs: gateway.stallMs })
@@ -110,7 +112,7 @@ export const streamBatch = (gateway: GatewayContext, call: Call, batch: Batch, f
     }
     sse.end()
     return HttpServerResponse.empty() // the response has been written and ended already
-  })
+  }))
 
 export const usageBody = (usage: Usage) => ({
   prompt_tokens: usage.promptTokens,

@@ -81,7 +81,7 @@ export const chatCompletions: Handler = Effect.fnUntraced(function* (gateway, ca
     return { body, order: orderOf(gateway, call, id, body) }
   })
   const common: Common = { id, created: Math.floor(Date.now() / 1000), model: gateway.model.id }
-  const batch = yield* openBatch(gateway, call, [order])
+  const batch = yield* openBatch(gateway, call, id, [order])
   if (body.stream === true) return yield* streamBatch(gateway, call, batch, chatStream(common, order.choices, body))
   const answer = yield* attempt(() => collect(batch, 1, order.choices))
   return json(200, chatBody(common, answer, body))

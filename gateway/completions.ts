@@ -91,7 +91,7 @@ export const completions: Handler = Effect.fnUntraced(function* (gateway, call) 
     return { body, orders: ordersOf(gateway, call, id, body) }
   })
   const texts = body.echo === true ? yield* echoTexts(gateway, orders) : []
-  const batch = yield* openBatch(gateway, call, orders)
+  const batch = yield* openBatch(gateway, call, id, orders)
   const format: Format = { common: { id, object: "text_completion", created: Math.floor(Date.now() / 1000), model: gateway.model.id }, body, texts, choices: body.n ?? 1 }
   if (body.stream === true) return yield* streamBatch(gateway, call, batch, completionStream(format))
   const answer = yield* attempt(() => collect(batch, orders.length, format.choices))

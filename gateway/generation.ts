@@ -3,7 +3,7 @@
  * its first token, ends with a Fault where it cannot, and never outlives the request's deadline.
  */
 import { limits } from "../config/limits.ts"
-import { decodeGenerateEvent, type GenerateEvent, type GenerateMessage } from "../actors/messages/request.ts"
+import { decodeGenerateEvent, type FinishReason, type GenerateEvent, type GenerateMessage } from "../actors/messages/request.ts"
 import { packTokens } from "../actors/messages/tokens.ts"
 import { Fault, type FaultCode } from "../actors/runtime/fault.ts"
 import type { StreamReader } from "../actors/runtime/stream.ts"
@@ -103,6 +103,9 @@ export interface BatchEvent {
 
 /** The generations of a request's prompts as one stream, at most one event read ahead of each. */
 export class Batch {
+  /** What has come so far, for the trace: `firstAfterMs` from the beginning to the first token. */
+  readonly seen = { firstAfterMs: undefined as number | undefined, finishes: [] as Array<FinishReason>, promptTokens: 0, completionTokens: 0, cachedTokens: 0 }
+  readonly #beganAtMs = performance.now()
   readonly #generations: ReadonlyArray<Generation>
   readonly #ready: Array<BatchEvent> = []
   readonly #idle: Array<number> = [] // generations with nothing being read
@@ -124,6 +127,7 @@ export class Batch {
       const ready = this.#ready.shift()
       if (ready !== undefined) {
         this.#idle.push(ready.prompt)
+        this.#see(ready.event)
         return ready
       }
       if (this.#live === 0) return undefined
@@ -134,6 +138,17 @@ export class Batch {
   stop(fault: Fault): void {
     for (const generation of this.#generations) generation.stop(fault)
     this.#settle({ error: fault })
+  }
+
+  #see(event: GenerateEvent): void {
+    if (event.type === "prompt") {
+      this.seen.promptTokens += event.tokens.byteLength / Int32Array.BYTES_PER_ELEMENT
+      this.seen.cachedTokens += event.cachedTokens
+    } else if (event.type === "delta") {
+      this.seen.firstAfterMs ??= performance.now() - this.#beganAtMs
+      this.seen.completionTokens += event.tokens.length
+      if (event.finish !== undefined) this.seen.finishes.push(event.finish)
+    }
   }
 
   #read(prompt: number): void {

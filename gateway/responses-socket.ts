@@ -5,6 +5,7 @@
 import { Cause, Effect, Exit, type Context } from "effect"
 import type { NodeWS } from "@effect/platform-node/NodeSocket"
 import { limits } from "../config/limits.ts"
+import { attributes, spans } from "../config/telemetry.ts"
 import { Fault } from "../actors/runtime/fault.ts"
 import { openBatch } from "./answer.ts"
 import { attempt, parseJson, type GatewayContext } from "./call.ts"
@@ -13,6 +14,7 @@ import type { Stop } from "./admission.ts"
 import type { Batch } from "./generation.ts"
 import { previousNotFound } from "./responses.ts"
 import { errorEvent, ResponseEvents, responseId, type ResponseEvent } from "./responses-events.ts"
+import { responsesPath } from "./router.ts"
 import { decodeResponses, inputMessages, responsesOrder } from "./responses-request.ts"
 import { Turns } from "./turns.ts"
 
@@ -30,7 +32,7 @@ export class ResponsesSocket {
   readonly #queue: Array<string> = []
   readonly #turns = new Turns()
   readonly #pings: NodeJS.Timeout
-  #heardAtMs = performance.now()
+  #unanswered = 0 // pings since the client was last heard of
   #stop: Stop | undefined
   #busy = false
   #working: Promise<void> = Promise.resolve()
@@ -41,7 +43,7 @@ export class ResponsesSocket {
     this.#socket = socket
     this.#peer = peer
     socket.on("message", (data, isBinary) => this.#receive(data as Buffer, isBinary))
-    socket.on("pong", () => (this.#heardAtMs = performance.now()))
+    socket.on("pong", () => (this.#unanswered = 0))
     socket.on("error", () => {}) // a protocol error of the client's; "close" follows
     socket.on("close", () => this.#close())
     this.#pings = setInterval(() => this.#ping(), gateway.keepAliveMs)
@@ -57,7 +59,7 @@ export class ResponsesSocket {
   }
 
   #receive(data: Buffer, isBinary: boolean): void {
-    this.#heardAtMs = performance.now()
+    this.#unanswered = 0
     if (isBinary) return void this.#send(errorEvent(invalid(undefined, "expected JSON in a text message, found a binary one")))
     const waitingBytes = this.#queue.reduce((sum, { length }) => sum + length, 0)
     if (this.#queue.length >= limits.webSocketQueue || (waitingBytes > 0 && waitingBytes + data.byteLength > this.#gateway.bodyBytes)) {
@@ -76,7 +78,7 @@ export class ResponsesSocket {
   }
 
   async #respond(text: string): Promise<void> {
-    const run = Effect.scoped(this.#create(text)).pipe(Effect.withSpan("gateway.request", { attributes: { "penstock.request.id": this.#peer.requestId } }))
+    const run = Effect.scoped(this.#create(text)).pipe(Effect.withSpan(spans.gatewayRequest, { kind: "server", attributes: { [attributes.requestId]: this.#peer.requestId, [attributes.httpRoute]: responsesPath, [attributes.requestStream]: true } }))
     const exit = await Effect.runPromiseExitWith(this.#peer.services)(run)
     if (Exit.isSuccess(exit)) return
     const error = Cause.squash(exit.cause)
@@ -102,7 +104,7 @@ export class ResponsesSocket {
       this.#stop = stop
       place.onStop(stop)
     }
-    const batch = yield* openBatch(gateway, { onStop }, [order])
+    const batch = yield* openBatch(gateway, { onStop }, id, [order])
     if (this.#socket.readyState !== this.#socket.OPEN) batch.stop(clientGone)
     const events = new ResponseEvents(id, body, gateway.model.id, order.logprobs !== undefined)
     const complete = yield* attempt(() => this.#stream(batch, events))
@@ -126,7 +128,7 @@ export class ResponsesSocket {
         for (const event of events.accept(item.event)) void this.#send(event)
         if (this.#socket.bufferedAmount > limits.webSocketBufferBytes) {
           await this.#sent
-          this.#heardAtMs = performance.now() // slow is not silent: its pong waits behind all this
+          this.#unanswered = 0 // slow is not silent: its pong waits behind all this
         }
       }
       return true
@@ -148,7 +150,9 @@ export class ResponsesSocket {
   }
 
   #ping(): void {
-    if (performance.now() - this.#heardAtMs > this.#gateway.stallMs) return this.#socket.terminate()
+    // Pings are counted, not time: while this process itself stood still, nobody could be heard.
+    if (this.#unanswered * this.#gateway.keepAliveMs > this.#gateway.stallMs) return this.#socket.terminate()
+    this.#unanswered++
     if (this.#socket.readyState === this.#socket.OPEN) this.#socket.ping()
   }
 

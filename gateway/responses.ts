@@ -18,7 +18,7 @@ export const responses: Handler = Effect.fnUntraced(function* (gateway, call) {
     if (typeof body.previous_response_id === "string") throw previousNotFound(body.previous_response_id, "over HTTP no responses are kept; send the conversation as input, or use the WebSocket")
     return { body, order: responsesOrder(gateway, call, id, body, []) }
   })
-  const batch = yield* openBatch(gateway, call, [order])
+  const batch = yield* openBatch(gateway, call, id, [order])
   const events = new ResponseEvents(id, body, gateway.model.id, order.logprobs !== undefined)
   if (body.stream === true) return yield* streamBatch(gateway, call, batch, responsesStream(events))
   return json(200, yield* attempt(() => lastResponse(batch, events)))

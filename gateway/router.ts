@@ -4,6 +4,7 @@ import { Effect, Option } from "effect"
 import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
 import { HttpServerRequest, HttpServerResponse, HttpTraceContext } from "effect/http"
 import type { ServerResponse } from "node:http"
+import { attributes, spans } from "../config/telemetry.ts"
 import { actors } from "./actors-route.ts"
 import { chatCompletions } from "./chat.ts"
 import { attempt, json, type GatewayContext, type Handler } from "./call.ts"
@@ -92,7 +93,12 @@ const answer = (gateway: GatewayContext, request: HttpServerRequest.HttpServerRe
     if (route.method === "GET") return yield* route.handler(gateway, { ...call, tenant, onStop: () => {} })
     const place = yield* Effect.acquireRelease(attempt(() => gateway.admission.enter()), ({ leave }) => Effect.sync(leave))
     return yield* route.handler(gateway, { ...call, tenant, onStop: place.onStop })
-  }).pipe(Effect.scoped, Effect.withSpan("gateway.request", { parent, kind: "server", attributes: { "penstock.request.id": requestId, "http.route": route.path } }))
+  }).pipe(
+    Effect.scoped,
+    Effect.tap((response) => Effect.annotateCurrentSpan(attributes.httpStatus, response.status)),
+    Effect.tapError((error) => Effect.annotateCurrentSpan(attributes.httpStatus, error.status)),
+    Effect.withSpan(spans.gatewayRequest, { parent, kind: "server", attributes: { [attributes.requestId]: requestId, [attributes.httpRoute]: route.path } }),
+  )
 }
 
 /** What is left of the path after the route's, or undefined where the route is another. */

@@ -1,11 +1,13 @@
 /**
  * The command `up`: a topology's actors and the gateway in front of them, in this process, until a signal.
  */
-import { Cause, Deferred, Effect, Exit, Option, type Scope } from "effect"
+import { Cause, Deferred, Effect, Exit, Layer, Option, type Scope } from "effect"
+import { readEnv } from "../config/env.ts"
 import { limits } from "../config/limits.ts"
 import { node, type NodeOptions, type RunningNode } from "../actors/node/node.ts"
 import type { WorkerError } from "../actors/node/worker.ts"
 import { Members } from "../actors/presence/members.ts"
+import { telemetry } from "../actors/runtime/telemetry.ts"
 import { gateway, type GatewayError } from "./gateway.ts"
 
 export interface Serving extends RunningNode {
@@ -13,8 +15,16 @@ export interface Serving extends RunningNode {
   readonly port: number
 }
 
-/** Runs the actors and the gateway until the Scope closes: the gateway goes first. */
-export const serve = (options: NodeOptions): Effect.Effect<Serving, WorkerError | GatewayError, Scope.Scope> =>
+/** Runs the actors and the gateway until the Scope closes: the gateway goes first, and the last spans leave at the end. */
+export const serve = (options: NodeOptions): Effect.Effect<Serving, WorkerError | GatewayError, Scope.Scope> => {
+  const { bus, cluster, telemetry: { otlp } } = options.topology
+  // On the memory bus every component is in this process.
+  const component = bus === "memory" ? { kind: "penstock", id: "up" } : { kind: "gateway", id: "g0" }
+  const tracing = Layer.build(telemetry({ endpoint: readEnv().otlpEndpoint ?? otlp ?? undefined, cluster, component }))
+  return Effect.flatMap(tracing, (context) => Effect.provideContext(serveTraced(options), context))
+}
+
+const serveTraced = (options: NodeOptions): Effect.Effect<Serving, WorkerError | GatewayError, Scope.Scope> =>
   Effect.gen(function* () {
     const { topology, model } = options
     const { host, port, keys } = topology.gateway

@@ -5,11 +5,13 @@
 import { randomUUID } from "node:crypto"
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
+import { attributes, spans } from "../../config/telemetry.ts"
 import { actor, onStream, onTell } from "../runtime/actor.ts"
 import type { Buses } from "../runtime/bus.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
 import type { StreamWriter } from "../runtime/stream.ts"
+import { currentTraceparent, messageAttributes } from "../runtime/trace-context.ts"
 import { decodeToken, encodeReserved, encodeToken, Finish, Reserve, type SequenceMessage } from "../messages/decode.ts"
 import { subject } from "../messages/subjects.ts"
 import { generationOf } from "../engine/generation.ts"
@@ -29,21 +31,45 @@ export const decodeActor = (options: DecodeActorOptions): Effect.Effect<void, ne
   const { link, buses, cluster, worker } = options
   const { engine, formatId } = worker
 
+  const place = subject(cluster, "decode", worker.id, Reserve.verb)
+  const spanAttributes = { ...messageAttributes(link, place), [attributes.worker]: worker.id }
+
   const reserve = (message: SequenceMessage, writer: StreamWriter): Effect.Effect<void, Fault> =>
-    Effect.callback<void, Fault>((resume) => {
+    Effect.flatMap(currentTraceparent, (trace) => decode(message, writer, trace))
+
+  const decode = (message: SequenceMessage, writer: StreamWriter, trace: string | undefined): Effect.Effect<void, Fault> => {
+    let drawn = 0
+    let held = 0
+    return Effect.callback<void, Fault>((resume) => {
       if (message.formatId !== formatId) {
         return resume(Effect.fail(new Fault({ code: "invalid_request", message: `${link.sender}: holds KV of format ${formatId}, not ${message.formatId}`, hop: link.sender })))
       }
       const id = randomUUID().replaceAll("-", "")
-      const stopReceiving = () => worker.receiving.get(id)?.()
+      const stopReceiving = () => worker.receiving.get(id)?.stop()
+      const fail = (fault: Fault) => {
+        stopReceiving()
+        resume(Effect.fail(fault))
+        engine.cancel(id)
+      }
       try {
-        engine.reserve(generationOf(id, message), {
+        engine.reserve(generationOf(id, message, trace), {
           reserved: (prefixTokens) => {
-            if (message.prefillWorker !== undefined && message.prefillWorker !== worker.id) receive(id, prefixTokens, message.prefillWorker)
+            held = prefixTokens
+            try {
+              if (message.prefillWorker !== undefined && message.prefillWorker !== worker.id) receive(id, prefixTokens, message.prefillWorker, fail)
+            } catch (error) {
+              return fail(Fault.from(error, link.sender))
+            }
             writer.write(encodeReserved({ id, worker: worker.id, epoch: worker.epoch, formatId, prefixTokens, creditBytes: limits.kvWindowBytes }))
           },
-          token: (event) => writer.write(encodeToken(event)),
-          ended: () => resume(Effect.void),
+          token: (event) => {
+            drawn++
+            writer.write(encodeToken(event))
+          },
+          ended: () => {
+            stopReceiving()
+            resume(Effect.void)
+          },
           failed: (fault) => {
             stopReceiving()
             resume(Effect.fail(fault))
@@ -58,10 +84,17 @@ export const decodeActor = (options: DecodeActorOptions): Effect.Effect<void, ne
         stopReceiving()
         engine.cancel(id)
       })
-    }).pipe(Effect.withSpan("decode.run", { attributes: { "penstock.worker": worker.id } }))
+    }).pipe(
+      Effect.ensuring(Effect.suspend(() => Effect.annotateCurrentSpan({ [attributes.heldTokens]: held, [attributes.drawnTokens]: drawn }))),
+      Effect.withSpan(spans.decodeRun, { kind: "server", attributes: { ...spanAttributes, [attributes.requestId]: message.requestId, [attributes.attempt]: message.attempt } }),
+    )
+  }
 
-  /** Waits for KV of the blocks after the prefix. A transfer that fails is the request actor's to hear of, from prefill. */
-  const receive = (id: string, prefixTokens: number, from: string): void => {
+  /**
+   * Waits for KV of the blocks after the prefix. A transfer that fails is the request actor's to hear of, from prefill, and to
+   * have computed here; `fail` ends the reservation where its KV cannot be used, or nobody comes to compute it.
+   */
+  const receive = (id: string, prefixTokens: number, from: string, fail: (fault: Fault) => void): void => {
     const firstBlock = prefixTokens / worker.kv.blockTokens
     const receiver = new TransferReceiver({
       ...buses,
@@ -73,20 +106,32 @@ export const decodeActor = (options: DecodeActorOptions): Effect.Effect<void, ne
       creditBytes: limits.kvWindowBytes,
       hop: `prefill ${from}`,
     })
-    worker.receiving.set(id, () => {
+    let orphaned: NodeJS.Timeout | undefined
+    const stop = () => {
       worker.receiving.delete(id)
+      clearTimeout(orphaned)
       receiver.close()
-    })
+    }
+    worker.receiving.set(id, { prefixTokens, first: undefined, stop })
     receiver.done.then(
       ({ first }) => {
-        if (worker.receiving.delete(id)) engine.adopt(id, first.map(decodeToken))
+        if (!worker.receiving.has(id)) return
+        try {
+          engine.adopt(id, first.map(decodeToken))
+          // The receiver stays a while, for a sender that has not heard of its success.
+          worker.receiving.set(id, { prefixTokens, first, stop: () => void worker.receiving.delete(id) })
+        } catch (error) {
+          fail(Fault.from(error, link.sender))
+        }
       },
-      () => worker.receiving.delete(id),
+      (fault: Fault) => {
+        if (worker.receiving.has(id)) orphaned = setTimeout(() => fail(fault), limits.kvSilenceMs)
+      },
     )
   }
 
   return actor(link, [
-    onStream(Reserve, [{ subject: subject(cluster, "decode", worker.id, Reserve.verb) }], reserve),
+    onStream(Reserve, [{ subject: place }], reserve),
     onTell(Finish, [{ subject: subject(cluster, "decode", worker.id, Finish.verb) }], ({ transferId, choice }) => Effect.sync(() => engine.finish(transferId, choice))),
   ])
 }

@@ -4,7 +4,9 @@
  */
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
+import { attributes, spans } from "../../config/telemetry.ts"
 import type { Link } from "../runtime/link.ts"
+import { messageAttributes, spanOf } from "../runtime/trace-context.ts"
 import { packHashes, type BlockHash } from "../messages/hashes.ts"
 import { Have, Put } from "../messages/kv-store.ts"
 import { anyId, subject } from "../messages/subjects.ts"
@@ -12,13 +14,19 @@ import type { Worker } from "../engine/worker.ts"
 
 const batchBlocks = 64
 
+interface Stored {
+  readonly hash: BlockHash
+  /** Traceparent of the request that it was computed for. */
+  readonly trace: string | undefined
+}
+
 export class StoreWriter {
-  #queue: Array<BlockHash> = []
+  #queue: Array<Stored> = []
   #wake: (() => void) | undefined
 
   /** A block's content became known. Beyond the bound the oldest in the queue is forgotten. */
-  stored(hash: BlockHash): void {
-    this.#queue.push(hash)
+  stored(hash: BlockHash, trace?: string): void {
+    this.#queue.push({ hash, trace })
     if (this.#queue.length > limits.storeQueueBlocks) this.#queue.shift()
     this.#wake?.()
     this.#wake = undefined
@@ -31,14 +39,33 @@ export class StoreWriter {
     const { formatId } = worker
     const putBatch = Effect.gen({ self: this }, function* () {
       yield* this.#nonEmpty()
-      const hashes = this.#queue.splice(0, batchBlocks)
-      const { present } = yield* link.ask(Have, subject(cluster, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(hashes) }, hop)
-      for (const hash of hashes.filter((_, i) => present[i] !== true)) {
-        const bytes = worker.engine.exportBlock(hash)
-        if (bytes === undefined) continue
-        yield* link.ask(Put, subject(cluster, "kv-store", anyId, Put.verb), { formatId, hash: packHashes([hash]), bytes }, hop)
-      }
+      const batch = this.#queue.splice(0, batchBlocks)
+      const { present } = yield* link.ask(Have, subject(cluster, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(batch.map(({ hash }) => hash)) }, hop)
+      const absent = batch.filter((_, i) => present[i] !== true)
+      if (absent.length > 0) yield* put(absent).pipe(Effect.withSpan(spans.kvStorePut, spanOfBatch(absent)))
     })
+    const to = subject(cluster, "kv-store", anyId, Put.verb)
+    const put = (absent: ReadonlyArray<Stored>) =>
+      Effect.gen(function* () {
+        let moved = 0
+        for (const { hash } of absent) {
+          const bytes = worker.engine.exportBlock(hash)
+          if (bytes === undefined) continue
+          yield* link.ask(Put, to, { formatId, hash: packHashes([hash]), bytes }, hop)
+          moved++
+        }
+        yield* Effect.annotateCurrentSpan(attributes.movedBlocks, moved)
+      })
+    /** A child of the request of its first block, linked to those of the others. */
+    const spanOfBatch = (absent: ReadonlyArray<Stored>) => {
+      const [parent, ...others] = [...new Set(absent.map(({ trace }) => trace))].flatMap((trace) => spanOf(trace) ?? [])
+      return {
+        kind: "client" as const,
+        ...(parent === undefined ? { root: true } : { parent }),
+        links: others.map((span) => ({ span, attributes: {} })),
+        attributes: { ...messageAttributes(link, to), [attributes.wantedBlocks]: absent.length },
+      }
+    }
     const quietly = putBatch.pipe(Effect.catch(() => Effect.sleep(limits.heartbeatIntervalMs)))
     return Effect.asVoid(Effect.forkScoped(Effect.forever(quietly)))
   }

@@ -5,7 +5,8 @@
 import type { BlockHash } from "../messages/hashes.ts"
 
 export interface BlockEvents {
-  stored(hash: BlockHash): void
+  /** `trace`: traceparent of the request that it was computed for. */
+  stored(hash: BlockHash, trace?: string): void
   removed(hash: BlockHash): void
 }
 
@@ -92,12 +93,12 @@ export class BlockManager {
   }
 
   /** Makes a full block's content known. Where another block has the same content, that one stays the known one. */
-  seal(block: number, hash: BlockHash): void {
+  seal(block: number, hash: BlockHash, trace?: string): void {
     if (this.#references[block] === 0) throw new Error(`block ${block} is sealed but nobody's`)
     if (this.#hashes[block] !== undefined || this.#index.has(hash)) return
     this.#hashes[block] = hash
     this.#index.set(hash, block)
-    this.#events.stored(hash)
+    this.#events.stored(hash, trace)
   }
 
   /** Every hash that is known here, for whoever missed events. */

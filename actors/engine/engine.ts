@@ -145,7 +145,7 @@ export class Engine {
     this.#kernels.importBlock(sequence.table[place]!, bytes)
     sequence.computed += this.blockTokens
     group.cachedTokens += this.blockTokens
-    this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!)
+    this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!, sequence.group.spec.trace)
     return true
   }
 
@@ -175,18 +175,28 @@ export class Engine {
 
   /** Takes KV of a reservation that has not begun; false where the CRC does not match. Throws when it is gone. */
   importLayers(id: string, range: ChunkRange, payload: Uint8Array, seed: number, crc: number): boolean {
-    if (this.#groups.get(id)?.prefill !== undefined) throw this.#gone(id)
+    const group = this.#groups.get(id)
+    if (group === undefined || group.cancelled || group.prefill !== undefined) throw this.#gone(id)
     return this.#kernels.importLayers(this.#blocksOf(id, range), range.firstLayer, range.layers, payload, 0, seed, crc)
   }
 
-  /** Takes over a reservation whose KV has come whole, with the first tokens that were drawn where it was computed. */
+  /**
+   * Takes over a reservation whose KV has come whole, with the first tokens that were drawn where it was computed. Throws a Fault
+   * when it is gone, or these are not the first token of each choice.
+   */
   adopt(id: string, first: ReadonlyArray<TokenEvent>): void {
     const group = this.#groups.get(id)
     const leader = group?.sequences[0]
     if (group === undefined || leader === undefined || group.cancelled || group.prefill !== undefined || !leader.running) throw this.#gone(id)
+    const { spec } = group
+    const drawn = new Set(first.map(({ choice }) => choice))
+    const fits = ({ choice, token }: TokenEvent) => choice < spec.choices && token >= 0 && token < this.#kernels.info.vocabulary
+    if (first.length !== (spec.maxTokens === 0 ? 0 : spec.choices) || drawn.size !== first.length || !first.every(fits)) {
+      throw new Fault({ code: "internal", message: `${this.#options.name}: the first tokens of ${id} are not one of each of its ${spec.choices} choices`, hop: this.#options.name })
+    }
     leader.computed = leader.length
     leader.hashUpTo(leader.length, this.blockTokens)
-    for (let place = 0; (place + 1) * this.blockTokens <= leader.length; place++) this.blocks.seal(leader.table[place]!, leader.hashes[place]!)
+    for (let place = 0; (place + 1) * this.blockTokens <= leader.length; place++) this.blocks.seal(leader.table[place]!, leader.hashes[place]!, group.spec.trace)
     const choices = Array.from({ length: group.unforked }, (_, i) => i + 1)
     for (const choice of choices) this.#fork(leader, choice)
     group.samplers.forEach((_, choice) => this.#freeSampler(group, choice)) // they are made again with what was drawn
@@ -195,7 +205,7 @@ export class Engine {
     for (const { choice, token, finish } of first) {
       const sequence = group.sequences.find((other) => other.choice === choice)
       sequence?.append(token)
-      if (finish !== "" && sequence !== undefined) this.#finish(sequence)
+      if (sequence !== undefined && (finish !== "" || group.finishedEarly.has(choice))) this.#finish(sequence)
     }
     this.#notify()
   }
@@ -212,7 +222,9 @@ export class Engine {
 
   /** Ends one choice, whose text is complete: now, or at the end of the step in flight. */
   finish(id: string, choice: number): void {
-    const sequence = this.#groups.get(id)?.sequences.find((sequence) => sequence.choice === choice)
+    const group = this.#groups.get(id)
+    if (group?.prefill === undefined) return void group?.finishedEarly.add(choice) // by its first token, before the KV has come
+    const sequence = group.sequences.find((sequence) => sequence.choice === choice)
     if (sequence === undefined) return
     sequence.stopped = true
     this.#notify()
@@ -337,7 +349,7 @@ export class Engine {
       const sealed = Math.floor(sequence.computed / this.blockTokens)
       sequence.computed += tokens
       sequence.hashUpTo(sequence.computed, this.blockTokens)
-      for (let place = sealed; (place + 1) * this.blockTokens <= sequence.computed; place++) this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!)
+      for (let place = sealed; (place + 1) * this.blockTokens <= sequence.computed; place++) this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!, sequence.group.spec.trace)
       if (!sequence.group.prefillDone) sequence.group.computedTokens += tokens
     }
     this.#reportScores(outputs, result)

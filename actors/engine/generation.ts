@@ -4,9 +4,10 @@ import type { SequenceMessage } from "../messages/decode.ts"
 import { unpackTokens } from "../messages/tokens.ts"
 import type { GenerationSpec } from "./sequence.ts"
 
-/** `id` names the generation in its engine. Throws a Fault that names the field. */
-export const generationOf = (id: string, message: SequenceMessage): GenerationSpec => ({
+/** `id` names the generation in its engine, `trace` the span it belongs to. Throws a Fault that names the field. */
+export const generationOf = (id: string, message: SequenceMessage, trace?: string): GenerationSpec => ({
   id,
+  trace,
   requestId: message.requestId,
   hashRoot: unpackHashes(message.hashRoot)[0] ?? "",
   prompt: unpackTokens(message.prompt, "prompt"),

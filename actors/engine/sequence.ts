@@ -12,6 +12,8 @@ import { blockHash } from "./block-hash.ts"
 export interface GenerationSpec {
   readonly id: string
   readonly requestId: string
+  /** Traceparent of the request, for those who hear of its blocks. */
+  readonly trace?: string
   readonly hashRoot: BlockHash
   readonly prompt: Int32Array
   /** What each choice has drawn already, elsewhere; empty where the generation is new. */
@@ -68,6 +70,8 @@ export class Group {
   cancelled = false
   /** The first tokens of a prompt that others decode are drawn. */
   drawn = false
+  /** Choices whose text was complete before this generation was taken over. */
+  readonly finishedEarly = new Set<number>()
   /** Blocks whose layers have been reported to the prefill sink. */
   reportedBlocks = 0
   cachedTokens = 0

@@ -13,9 +13,17 @@ export interface Worker {
   readonly engine: Engine
   readonly formatId: string
   readonly kv: KvLayout
-  /** By transfer id: how to stop waiting for KV, where it is to be computed here after all. */
-  readonly receiving: Map<string, () => void>
+  /** By transfer id: reservations whose KV another worker was to compute. */
+  readonly receiving: Map<string, Receiving>
   readonly totals: { -readonly [K in keyof TransferTotals]: TransferTotals[K] }
+}
+
+export interface Receiving {
+  readonly prefixTokens: number
+  /** The first tokens, as token frames, once all KV has come and was taken over. */
+  readonly first: ReadonlyArray<Uint8Array> | undefined
+  /** Waits for KV no longer: the reservation is over, or its KV is to be computed here after all. */
+  stop(): void
 }
 
 export interface KvLayout {

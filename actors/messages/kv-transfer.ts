@@ -8,16 +8,18 @@ import { defineTell } from "../runtime/codec.ts"
 const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
 
 /** From the sender: chunks sent so far; `final` once there will be no more. Sent at the end, and again while unanswered. */
-export const KvProgress = defineTell(
-  "progress",
-  Schema.Struct({
-    chunks: count,
-    final: Schema.Boolean,
-    /** With `final`: the first token of each choice, as token frames. */
-    first: Schema.Array(Schema.Uint8Array),
-    failure: Schema.optional(Schema.String),
-  }),
-)
+export const KvProgressMessage = Schema.Struct({
+  chunks: count,
+  final: Schema.Boolean,
+  /** With `final`: the first token of each choice, as token frames. */
+  first: Schema.Array(Schema.Uint8Array),
+  /** The receiver's last word has come: it need not be said again. */
+  closed: Schema.Boolean,
+  /** The sender sends nothing more, and why. */
+  failure: Schema.optional(Schema.String),
+})
+export type KvProgressMessage = typeof KvProgressMessage.Type
+export const KvProgress = defineTell("progress", KvProgressMessage)
 
 /** From the receiver: bytes taken so far, which is credit for as many more, and chunks that did not come. */
 export const KvStatusMessage = Schema.Struct({

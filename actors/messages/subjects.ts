@@ -18,6 +18,9 @@ export const subject = (cluster: string, kind: ActorKind, id: string, verb: stri
 /** A transfer's own subjects: its chunks and its sender's progress go to the receiver, the receiver's status to the sender. */
 export const transferSubject = (cluster: string, transferId: string, verb: "chunk" | "progress" | "status"): string => `ps.${cluster}.kv.${transferId}.${verb}`
 
+/** Where every process says what serves in it. */
+export const presenceSubject = (cluster: string): string => `ps.${cluster}.presence`
+
 /** Processes by what runs in them: what a user of NATS is made for. A worker has prefill, decode or both, and may change. */
 export const processKinds = ["gateway", "request", "scheduler", "worker", "kv-store"] as const
 export type ProcessKind = (typeof processKinds)[number]
@@ -47,8 +50,11 @@ const conversations: ReadonlyArray<Conversation> = [
   { from: "worker", to: "kv-store", verbs: verbs(Have, Get, Put) },
 ]
 
-/** Who moves KV: its transfers have subjects of their own, that either end may be on. */
-const movesKv: ReadonlySet<ProcessKind> = new Set(["worker", "kv-store"])
+/** Who moves KV: transfers have subjects of their own, and a worker may be at either end. */
+const movesKv: ReadonlySet<ProcessKind> = new Set(["worker"])
+
+/** Who listens to what is said about who serves; every process but the gateway says so. */
+const watchesPresence: ReadonlySet<ProcessKind> = new Set(["gateway", "request"])
 
 export interface Permissions {
   readonly publish: ReadonlyArray<string>
@@ -68,14 +74,13 @@ export const permissions = (cluster: string, kind: ProcessKind, id = "*"): Permi
       ...begins.flatMap(({ to, verbs }) => verbs.map((verb) => subject(cluster, to, "*", verb))),
       ...[...new Set(partners)].map((partner) => `${inboxPrefix(cluster, partner, "*")}.>`),
       ...transfers,
+      ...(kind === "gateway" ? [] : [presenceSubject(cluster)]),
     ],
     subscribe: [
       ...actorKinds.filter((actor) => processOf[actor] === kind).flatMap((actor) => [...new Set([id, anyId])].map((at) => subject(cluster, actor, at, "*"))),
       `${inboxPrefix(cluster, kind, id)}.>`,
       ...transfers,
+      ...(watchesPresence.has(kind) ? [presenceSubject(cluster)] : []),
     ],
   }
 }
-
-/** Where every process says what serves in it. */
-export const presenceSubject = (cluster: string): string => `ps.${cluster}.presence`

@@ -7,6 +7,7 @@ import { readEnv } from "../../config/env.ts"
 import { limits } from "../../config/limits.ts"
 import { inboxPrefix } from "../messages/subjects.ts"
 import { connectBuses } from "../runtime/nats-bus.ts"
+import { telemetry } from "../runtime/telemetry.ts"
 import { runComponent } from "./component.ts"
 import type { ChildOrder, ChildReport } from "./component-process.ts"
 
@@ -21,6 +22,8 @@ const run = async ({ component, topology, model, nats }: ChildOrder): Promise<nu
   process.on("SIGTERM", stopNow)
   process.on("disconnect", stopNow)
   const name = `${component.kind} ${component.id}`
+  const env = readEnv()
+  const tracing = telemetry({ endpoint: env.otlpEndpoint ?? topology.telemetry.otlp ?? undefined, cluster: topology.cluster, component })
   const program = Effect.gen(function* () {
     const prefix = inboxPrefix(topology.cluster, component.kind, component.id)
     const buses = yield* Effect.acquireRelease(
@@ -28,10 +31,10 @@ const run = async ({ component, topology, model, nats }: ChildOrder): Promise<nu
       ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])),
     )
     const ready = Effect.promise(() => report({ type: "ready" }))
-    yield* Effect.raceFirst(runComponent(component, Date.now(), { topology, model, env: readEnv(), buses }, ready), Deferred.await(stop))
+    yield* Effect.raceFirst(runComponent(component, Date.now(), { topology, model, env, buses }, ready), Deferred.await(stop))
   })
   try {
-    await Effect.runPromise(Effect.scoped(program))
+    await Effect.runPromise(Effect.scoped(program).pipe(Effect.provide(tracing)))
     return 0
   } catch (error) {
     await report({ type: "failed", message: error instanceof Error ? error.message : String(error) })

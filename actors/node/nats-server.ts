@@ -31,9 +31,11 @@ export interface RunningNatsServer extends NatsAddress {
 /**
  * Watches over the server from outside: a shell that waits for a line on a pipe whose other end only this process has. A
  * line comes when the server has ended; the end of the pipe comes first only when this process was killed, and then the
- * server goes too. `$$` is the server's own process id, since exec keeps it. Needs nothing but a POSIX shell.
+ * server goes too, with its folder. `$$` is the server's own process id, since exec keeps it. Needs nothing but a POSIX shell.
  */
-const untilParentDies = `exec 3<&0; (read -r line <&3 || kill -KILL $$) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null`
+const untilParentDies = `folder=$1; shift; exec 3<&0
+(read -r line <&3 || { kill -KILL $$; rm -rf "$folder"; }) >/dev/null 2>&1 &
+exec "$@" 3<&- </dev/null`
 
 /**
  * Runs a nats-server on a free port of loopback until the Scope closes. Who wants to connect needs the token, which no
@@ -99,7 +101,7 @@ const startServer = (binary: string, config: string, folder: string): ChildProce
   // What it says before it has read its configuration, and so before it has a log.
   const output = openSync(join(folder, "output"), "w", 0o600)
   try {
-    const child = spawn("/bin/sh", ["-c", untilParentDies, "sh", binary, "-c", config], { stdio: ["pipe", output, output], detached: true })
+    const child = spawn("/bin/sh", ["-c", untilParentDies, "sh", folder, binary, "-c", config], { stdio: ["pipe", output, output], detached: true })
     child.stdin!.on("error", () => {}) // the watcher may have gone already
     child.once("exit", () => child.stdin!.end("\n"))
     return child

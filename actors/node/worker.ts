@@ -57,9 +57,9 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
             name: `worker ${id}`,
             maxBatch,
             events: {
-              stored: (hash) => {
+              stored: (hash, trace) => {
                 events.stored(hash)
-                storeWriter.stored(hash)
+                storeWriter.stored(hash, trace)
               },
               removed: (hash) => events.removed(hash),
             },

@@ -4,18 +4,21 @@
  * worker, the KV of each layer leaves as soon as it is computed.
  */
 import { Effect, type Scope } from "effect"
+import { attributes, spans } from "../../config/telemetry.ts"
 import { actor, onAsk, onStream } from "../runtime/actor.ts"
 import type { Buses } from "../runtime/bus.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
 import type { StreamWriter } from "../runtime/stream.ts"
+import { currentTraceparent, messageAttributes } from "../runtime/trace-context.ts"
 import { encodeToken, type Transfer } from "../messages/decode.ts"
 import { packHashes } from "../messages/hashes.ts"
 import { encodePrefillFrame, KvDump, Prefill, type PrefillMessage } from "../messages/prefill.ts"
 import { subject } from "../messages/subjects.ts"
+import { unpackTokens } from "../messages/tokens.ts"
 import { generationOf } from "../engine/generation.ts"
 import type { PrefillSink } from "../engine/sequence.ts"
-import type { Worker } from "../engine/worker.ts"
+import type { Receiving, Worker } from "../engine/worker.ts"
 import { poolSource } from "../transfer/pool.ts"
 import { TransferSender, type SentTransfer } from "../transfer/transfer-sender.ts"
 import { fetchPrefix } from "./fetch-prefix.ts"
@@ -29,35 +32,59 @@ export interface PrefillActorOptions {
   readonly nextEventId: () => number
 }
 
+interface Counts {
+  cachedTokens: number
+  computedTokens: number
+}
+
 /** Runs the prefill role of `worker` until the Scope closes. */
 export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, never, Scope.Scope> => {
   const { link, buses, cluster, worker } = options
   const { engine, totals } = worker
 
-  const prefill = (message: PrefillMessage, writer: StreamWriter): Effect.Effect<void, Fault> => {
-    const { transfer } = message
-    const work = transfer.worker === worker.id ? hereFor(transfer, writer) : elsewhereFor(message, writer)
-    return Effect.withSpan(work, "prefill.run", { attributes: { "penstock.worker": worker.id } })
-  }
+  const place = subject(cluster, "prefill", worker.id, Prefill.verb)
+  const spanAttributes = { ...messageAttributes(link, place), [attributes.worker]: worker.id }
 
-  /** Both roles of one worker share its pool, so that the transfer is the reservation's block table itself. */
-  const hereFor = (transfer: Transfer, writer: StreamWriter) =>
-    Effect.gen(function* () {
-      if (transfer.epoch !== worker.epoch) return yield* Effect.fail(fault("unavailable", `epoch ${transfer.epoch} of ${worker.id} is over, and its reservations with it`))
-      const stopReceiving = worker.receiving.get(transfer.id)
-      if (stopReceiving !== undefined) {
-        totals.fallbacks++ // another worker was to compute it, and has failed
-        stopReceiving()
-      }
-      yield* fetchPrefix({ link, cluster, worker, transferId: transfer.id })
-      yield* compute(transfer.id, writer, {})
+  const prefill = (message: PrefillMessage, writer: StreamWriter): Effect.Effect<void, Fault> =>
+    Effect.flatMap(currentTraceparent, (trace) => {
+      const { transfer, sequence } = message
+      const counts: Counts = { cachedTokens: 0, computedTokens: 0 }
+      const work = transfer.worker === worker.id ? hereFor(message, writer, counts) : elsewhereFor(message, writer, counts, trace)
+      return work.pipe(
+        Effect.ensuring(Effect.suspend(() => Effect.annotateCurrentSpan({ [attributes.cachedTokens]: counts.cachedTokens, [attributes.computedTokens]: counts.computedTokens }))),
+        Effect.withSpan(spans.prefillRun, { kind: "server", attributes: { ...spanAttributes, [attributes.requestId]: sequence.requestId, [attributes.attempt]: sequence.attempt } }),
+      )
     })
 
-  const elsewhereFor = ({ sequence, transfer }: PrefillMessage, writer: StreamWriter) =>
+  /** Both roles of one worker share its pool, so that the transfer is the reservation's block table itself. */
+  const hereFor = ({ sequence, transfer }: PrefillMessage, writer: StreamWriter, counts: Counts) =>
+    Effect.gen(function* () {
+      if (transfer.epoch !== worker.epoch) return yield* Effect.fail(fault("unavailable", `epoch ${transfer.epoch} of ${worker.id} is over, and its reservations with it`))
+      const receiving = worker.receiving.get(transfer.id)
+      if (receiving?.first !== undefined) return yield* repeat(receiving, sequence, writer)
+      if (receiving !== undefined) {
+        totals.fallbacks++ // another worker was to compute it, and has failed
+        receiving.stop()
+      }
+      yield* fetchPrefix({ link, cluster, worker, transferId: transfer.id })
+      yield* compute(transfer.id, writer, counts, {})
+    })
+
+  /** The other worker has failed after all its KV was here: decode goes on already, and only what was said may be lost. */
+  const repeat = ({ first, prefixTokens }: Receiving, { prompt, promptLogprobs }: PrefillMessage["sequence"], writer: StreamWriter): Effect.Effect<void, Fault> =>
+    Effect.suspend(() => {
+      if (promptLogprobs) return Effect.fail(fault("unavailable", "the scores of the prompt are lost with the worker that computed them"))
+      for (const token of first ?? []) writer.write(token)
+      const computedTokens = unpackTokens(prompt, "prompt").length - prefixTokens
+      writer.write(encodePrefillFrame({ type: "done", cachedTokens: prefixTokens, computedTokens }))
+      return Effect.void
+    })
+
+  const elsewhereFor = ({ sequence, transfer }: PrefillMessage, writer: StreamWriter, counts: Counts, trace: string | undefined) =>
     Effect.gen(function* () {
       if (transfer.formatId !== worker.formatId) return yield* Effect.fail(fault("invalid_request", `holds KV of format ${worker.formatId}, ${transfer.worker} wants ${transfer.formatId}`))
       const { id } = transfer
-      yield* Effect.acquireRelease(reserve(id, sequence), () => Effect.sync(() => engine.cancel(id)))
+      yield* Effect.acquireRelease(reserve(id, sequence, trace), () => Effect.sync(() => engine.cancel(id)))
       yield* fetchPrefix({ link, cluster, worker, transferId: id })
       yield* transferred(transfer, (sender) => {
         const { layers, blockTokens } = worker.kv
@@ -68,21 +95,22 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
         }
         const first: Array<Uint8Array> = []
         send(0, layers, 0, engine.computedBlocks(id))
-        return Effect.ensuring(
-          compute(id, writer, {
-            layer: (layer, from, blocks) => send(layer, 1, from, blocks),
-            token: (event) => void first.push(encodeToken(event)),
-          }),
+        const computed = compute(id, writer, counts, {
+          layer: (layer, from, blocks) => send(layer, 1, from, blocks),
+          token: (event) => void first.push(encodeToken(event)),
+        })
+        return Effect.andThen(
+          computed,
           Effect.sync(() => sender.finish(first)),
         )
       })
     }).pipe(Effect.scoped)
 
   /** Blocks of this worker's own for a prompt that is decoded elsewhere. */
-  const reserve = (id: string, sequence: PrefillMessage["sequence"]): Effect.Effect<void, Fault> =>
+  const reserve = (id: string, sequence: PrefillMessage["sequence"], trace: string | undefined): Effect.Effect<void, Fault> =>
     Effect.callback<void, Fault>((resume) => {
       try {
-        engine.reserve({ ...generationOf(id, sequence), prefillOnly: true }, {
+        engine.reserve({ ...generationOf(id, sequence, trace), prefillOnly: true }, {
           reserved: () => resume(Effect.void),
           token: () => {},
           ended: () => {},
@@ -103,20 +131,31 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
         (opened) => Effect.sync(() => opened.fail(fault("cancelled", "the prefill is over"))),
       )
       yield* work(sender)
+      const computedAtMs = performance.now()
       const sent = yield* Effect.tryPromise({ try: () => sender.done, catch: (error) => Fault.from(error, link.sender) })
       count(sent)
       yield* Effect.annotateCurrentSpan({
-        "penstock.transfer.bytes": sent.bytes,
-        "penstock.transfer.chunks": sent.chunks,
-        "penstock.transfer.resent": sent.resent,
-        "penstock.transfer.mb_per_s": sent.bytes / 1000 / sent.ms,
-        "penstock.transfer.waited_ms": sent.waitedMs,
+        [attributes.transferBytes]: sent.bytes,
+        [attributes.transferChunks]: sent.chunks,
+        [attributes.transferResent]: sent.resent,
+        [attributes.transferMbPerS]: sent.bytes / 1000 / sent.ms,
+        [attributes.transferWaitedMs]: sent.waitedMs,
+        [attributes.transferTailMs]: performance.now() - computedAtMs,
+        ...breakEven(),
       })
     }).pipe(
       Effect.tapError(() => Effect.sync(() => totals.failed++)),
-      Effect.withSpan("kv.transfer", { attributes: { "penstock.transfer.from": worker.id, "penstock.transfer.to": transfer.worker } }),
+      Effect.withSpan(spans.kvTransfer, { attributes: { [attributes.transferFrom]: worker.id, [attributes.transferTo]: transfer.worker } }),
       Effect.scoped,
     )
+
+  /** Measured since the start: tokens computed a second, as bytes of KV. */
+  const breakEven = (): Record<string, number> => {
+    const { promptTokens, cachedTokens, prefillMs } = engine.counters
+    const { layers, layerBlockBytes, blockTokens } = worker.kv
+    const computed = promptTokens - cachedTokens
+    return prefillMs === 0 || computed === 0 ? {} : { [attributes.transferBreakEvenMbPerS]: ((computed / prefillMs) * layers * layerBlockBytes) / blockTokens / 1000 }
+  }
 
   const count = ({ bytes, ms }: SentTransfer): void => {
     totals.completed++
@@ -124,7 +163,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
     totals.ms += ms
   }
 
-  const compute = (id: string, writer: StreamWriter, also: Pick<PrefillSink, "layer"> & Partial<Pick<PrefillSink, "token">>): Effect.Effect<void, Fault> =>
+  const compute = (id: string, writer: StreamWriter, counts: Counts, also: Pick<PrefillSink, "layer"> & Partial<Pick<PrefillSink, "token">>): Effect.Effect<void, Fault> =>
     Effect.callback<void, Fault>((resume) => {
       try {
         engine.prefill(id, {
@@ -135,6 +174,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
             writer.write(encodePrefillFrame({ type: "token", event }))
           },
           done: (cachedTokens, computedTokens) => {
+            Object.assign(counts, { cachedTokens, computedTokens })
             writer.write(encodePrefillFrame({ type: "done", cachedTokens, computedTokens }))
             resume(Effect.void)
           },
@@ -151,7 +191,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
   const dump = () => Effect.sync(() => ({ nextEventId: options.nextEventId(), hashes: packHashes(engine.blocks.knownHashes()) }))
 
   return actor(link, [
-    onStream(Prefill, [{ subject: subject(cluster, "prefill", worker.id, Prefill.verb) }], prefill),
+    onStream(Prefill, [{ subject: place }], prefill),
     onAsk(KvDump, [{ subject: subject(cluster, "prefill", worker.id, KvDump.verb) }], dump),
   ])
 }

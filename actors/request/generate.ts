@@ -4,13 +4,15 @@
  */
 import { Deferred, Effect, Exit } from "effect"
 import { limits } from "../../config/limits.ts"
+import { attributes, providerName, spans } from "../../config/telemetry.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
 import type { StreamReader, StreamWriter } from "../runtime/stream.ts"
+import { messageAttributes } from "../runtime/trace-context.ts"
 import { decodeDecodeFrame, Finish, Reserve, type TokenEvent, type Transfer } from "../messages/decode.ts"
 import { packHashes } from "../messages/hashes.ts"
 import { decodePrefillFrame, Prefill, type PromptScores } from "../messages/prefill.ts"
-import { encodeGenerateEvent, type GenerateEvent, type GenerateMessage, type TokenLogprob } from "../messages/request.ts"
+import { encodeGenerateEvent, Generate, type GenerateEvent, type GenerateMessage, type TokenLogprob } from "../messages/request.ts"
 import { Place, Prefilled, Release, type Placement } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 import { packTokens } from "../messages/tokens.ts"
@@ -162,8 +164,27 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
     // A choice of no tokens has no delta of its own to finish it.
     if (request.maxTokens === 0) for (const { choice } of outputs) emit({ type: "delta", choice, text: "", tokens: [], logprobs: undefined, finish: "length" })
     const completionTokens = outputs.reduce((sum, { tokens }) => sum + tokens.length, 0)
+    yield* Effect.annotateCurrentSpan({
+      [attributes.placements]: placements,
+      [attributes.usageInputTokens]: request.prompt.length,
+      [attributes.usageOutputTokens]: completionTokens,
+      [attributes.usageCachedInputTokens]: cachedTokens ?? 0,
+      [attributes.responseFinishReasons]: outputs.map(({ finish }) => finish ?? "length"),
+    })
     emit({ type: "done", usage: { promptTokens: request.prompt.length, completionTokens, cachedTokens: cachedTokens ?? 0 } })
-  }).pipe(Effect.withSpan("request.generate"))
+  }).pipe(
+    Effect.withSpan(spans.requestGenerate, {
+      kind: "server",
+      attributes: {
+        ...messageAttributes(options.link, subject(options.cluster, "request", anyId, Generate.verb)),
+        [attributes.operationName]: message.prompt.kind === "chat" ? "chat" : "text_completion",
+        [attributes.providerName]: providerName,
+        [attributes.requestMaxTokens]: request.maxTokens,
+        [attributes.requestId]: message.requestId,
+        [attributes.attempt]: message.attempt,
+      },
+    }),
+  )
 
 /** Fails work with a worker that leaves, falls silent or is restarted, without waiting for its stream to fall silent. */
 const whileServing =

@@ -3,13 +3,14 @@
  * and streams get a fibre each, of a bounded number. A bad message or a failed handler is answered with a fault and
  * harms nobody else; leaving the Scope answers what is queued and interrupts what runs.
  */
-import { Cause, Effect, Exit, FiberSet, Option, Queue, Result, Scope, Tracer } from "effect"
+import { Cause, Effect, Exit, FiberSet, Option, Queue, Result, Scope } from "effect"
 import { limits } from "../../config/limits.ts"
 import { header, protocolVersion, type Delivery } from "./bus.ts"
 import { encodeFault, type MessageType } from "./codec.ts"
 import { Fault } from "./fault.ts"
 import type { Link } from "./link.ts"
 import { StreamWriter } from "./stream.ts"
+import { spanOf } from "./trace-context.ts"
 
 /** Where messages of one type are received, and what is done with them. */
 export interface Handler {
@@ -130,10 +131,8 @@ const withinBudget =
   }
 
 const withCallersTrace = (delivery: Delivery) => {
-  const match = /^00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})$/.exec(delivery.headers[header.traceparent] ?? "")
-  if (match === null) return <A, E>(work: Effect.Effect<A, E>) => work
-  const parent = Tracer.externalSpan({ traceId: match[1]!, spanId: match[2]!, sampled: (parseInt(match[3]!, 16) & 1) === 1 })
-  return Effect.withParentSpan(parent)
+  const caller = spanOf(delivery.headers[header.traceparent])
+  return <A, E>(work: Effect.Effect<A, E>) => (caller === undefined ? work : Effect.withParentSpan(work, caller))
 }
 
 const refuse = (link: Link, delivery: Delivery, fault: Fault): void => {

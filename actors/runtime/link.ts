@@ -2,12 +2,13 @@
  * How a process speaks to actors: typed messages in an envelope (version, sender, epoch, remaining time, trace), with a
  * deadline on every answer and faults that name the hop.
  */
-import { Effect, Option } from "effect"
+import { Effect } from "effect"
 import { limits } from "../../config/limits.ts"
 import { header, protocolVersion, type Bus, type Delivery, type Headers, type Subscription } from "./bus.ts"
 import { decodeFault, type MessageType } from "./codec.ts"
 import { Fault } from "./fault.ts"
 import { openStream, type StreamReader } from "./stream.ts"
+import { currentTraceparent } from "./trace-context.ts"
 
 export interface SendOptions {
   /** Names the receiver in faults, for example "decode w0". */
@@ -84,10 +85,10 @@ export class Link {
   }
 
   #headers(budgetMs: number | undefined): Effect.Effect<Headers> {
-    return Effect.map(Effect.option(Effect.currentSpan), (span) => {
+    return Effect.map(currentTraceparent, (traceparent) => {
       const headers: Record<string, string> = { [header.version]: protocolVersion, [header.sender]: this.sender, [header.epoch]: String(this.epoch) }
       if (budgetMs !== undefined) headers[header.budgetMs] = String(Math.round(budgetMs))
-      if (Option.isSome(span)) headers[header.traceparent] = `00-${span.value.traceId}-${span.value.spanId}-${span.value.sampled ? "01" : "00"}`
+      if (traceparent !== undefined) headers[header.traceparent] = traceparent
       return headers
     })
   }

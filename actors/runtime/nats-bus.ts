@@ -3,13 +3,14 @@
  * of lost, what waits to be sent is bounded, and a connection that was lost is told to whoever waits for an answer.
  */
 import { randomBytes } from "node:crypto"
-import { MsgHdrsImpl, PermissionViolationError, type Msg, type NatsConnection } from "@nats-io/transport-node"
+import { PermissionViolationError, type Msg, type NatsConnection } from "@nats-io/transport-node"
 import { limits } from "../../config/limits.ts"
 import type { NatsAddress } from "../../config/topology.ts"
-import { header, type Bus, type Buses, type Delivery, type Headers, type PublishOptions, type Subscription } from "./bus.ts"
+import { header, type Bus, type Buses, type Delivery, type PublishOptions, type Subscription } from "./bus.ts"
 import { Fault, type FaultCode } from "./fault.ts"
-import { callSafely, Inboxes } from "./inboxes.ts"
+import { Inboxes } from "./inboxes.ts"
 import { Backoff, connectNats, NatsConnectError } from "./nats-connect.ts"
+import { bytesOf, encodeHeaders, hop, messageBytes, refusal, withDelivery } from "./nats-message.ts"
 
 export interface NatsBusOptions extends NatsAddress {
   /** Shown in the server's monitoring. */
@@ -18,17 +19,8 @@ export interface NatsBusOptions extends NatsAddress {
   readonly inboxPrefix: string
 }
 
-const hop = "bus nats"
 const noBytes = new Uint8Array(0)
-/** `NATS/1.0` and the empty line; each header adds `name: value` and a line end. */
-const headersBytes = 12
-const headerBytes = 4
-/** The verb of the protocol, the two sizes and the line ends. */
-const messageBytes = 32
 const literalSubject = /^[^\s.*>]+(\.[^\s.*>]+)*$/
-const headerName = /^[!-9;-~]+$/
-// The client cuts outer white space off, and a line end would begin another header.
-const headerValue = /^(?!\s)[^\r\n\0]*(?<!\s)$/
 
 export class NatsBus implements Bus {
   readonly name = "nats"
@@ -235,9 +227,6 @@ export const connectBuses = async (options: NatsBusOptions): Promise<Buses & { r
   }
 }
 
-const refusal = (code: FaultCode, subject: string, why: string): Fault =>
-  new Fault({ code, message: `publish to ${subject}: ${why}`, hop, ...(code === "overloaded" ? { retryAfterMs: limits.retryAfterMs } : {}) })
-
 const listen = (handlers: Set<() => void>, handler: () => void): Subscription => {
   // Of its own, so that the same function can be given twice.
   const entry = () => handler()
@@ -253,51 +242,4 @@ const callAll = (handlers: ReadonlySet<() => void>): void => {
       console.error("bus nats: a listener threw", defect)
     }
   }
-}
-
-/** Bytes of the headers on the wire. Throws on names and values that would not arrive as they are. */
-const bytesOf = (subject: string, headers: Headers | undefined): number => {
-  if (headers === undefined) return 0
-  let bytes = headersBytes
-  for (const name in headers) {
-    const value = headers[name]!
-    if (!headerName.test(name) || !headerValue.test(value)) throw refusal("invalid_request", subject, `header ${JSON.stringify(name)} has a name or value that cannot be sent`)
-    bytes += name.length + Buffer.byteLength(value) + headerBytes
-  }
-  return bytes
-}
-
-const encodeHeaders = (headers: Headers) => {
-  const lists: Record<string, Array<string>> = {}
-  for (const name in headers) lists[name] = [headers[name]!]
-  return MsgHdrsImpl.fromRecord(lists)
-}
-
-/** A message that cannot be read is dropped, since what is thrown here ends the client's reading for good. */
-const withDelivery = (message: Msg, handler: (delivery: Delivery) => void): void => {
-  let delivery: Delivery
-  try {
-    delivery = toDelivery(message)
-  } catch (error) {
-    return console.error(`bus nats: a message to ${message.subject} has headers that cannot be read`, error)
-  }
-  callSafely(handler, delivery)
-}
-
-/**
- * Data stays a view. The client never writes into a buffer again that it has given out: the socket makes a new one for
- * each read, and a message over several reads gets its own. So keeping a view is safe, and costs the memory around it.
- */
-const toDelivery = (message: Msg): Delivery => {
-  const { buffer, byteOffset, byteLength } = message.data
-  // Where the client gives a Buffer: its `slice` would be a view, and not a copy as that of any other Uint8Array is.
-  const data = new Uint8Array(buffer, byteOffset, byteLength)
-  const reply = message.reply
-  const headers: Record<string, string> = {}
-  if (message.headers !== undefined) {
-    for (const [name, values] of message.headers) headers[name] = values.at(-1) ?? ""
-    // Newer servers say which subject it was.
-    if (message.headers.code === 503 && data.byteLength === 0) return { subject: message.subject, data, reply: undefined, headers: { [header.noResponders]: headers["Nats-Subject"] ?? "" } }
-  }
-  return { subject: message.subject, data, headers, reply: reply === undefined || reply === "" ? undefined : reply }
 }

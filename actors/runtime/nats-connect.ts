@@ -65,7 +65,7 @@ export const connectNats = async (address: NatsAddress, name: string, backoff: B
       // A server that is being set up may refuse for a while; and files may be replaced.
       ignoreAuthErrorAbort: true,
       pingInterval: limits.busPingIntervalMs,
-      maxPingOut: 2,
+      maxPingOut: 3,
       // A stack for each request costs more than the request.
       noAsyncTraces: true,
     })

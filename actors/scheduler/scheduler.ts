@@ -4,9 +4,11 @@
  */
 import { Clock, Deferred, Effect, Exit, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
+import { attributes, spans } from "../../config/telemetry.ts"
 import { actor, onAsk, onTell } from "../runtime/actor.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
+import { messageAttributes } from "../runtime/trace-context.ts"
 import { KvDump } from "../messages/prefill.ts"
 import { Heartbeat, KvEvents, Leave, Place, Prefilled, Release, type PlaceMessage, type Placement } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
@@ -67,8 +69,11 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       }
     })
 
+    const spanAttributes = { ...messageAttributes(link, subject(cluster, "scheduler", anyId, Place.verb)), [attributes.policy]: options.policy }
+
     const place = (request: PlaceMessage) =>
       Effect.gen(function* () {
+        const arrivedAtMs = performance.now()
         const entry: Waiting = { request, placed: yield* Deferred.make<Placement, Fault>() }
         waiting = [...waiting, entry]
         yield* drain
@@ -76,8 +81,15 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
           waiting = waiting.filter((other) => other !== entry)
           return yield* Effect.fail(fault("overloaded", `${waiting.length} requests wait for a place already`))
         }
-        return yield* Deferred.await(entry.placed).pipe(Effect.onInterrupt(() => Effect.sync(() => void (waiting = waiting.filter((other) => other !== entry)))))
-      }).pipe(Effect.withSpan("scheduler.place"))
+        const placement = yield* Deferred.await(entry.placed).pipe(Effect.onInterrupt(() => Effect.sync(() => void (waiting = waiting.filter((other) => other !== entry)))))
+        yield* Effect.annotateCurrentSpan({
+          [attributes.placedPrefill]: placement.prefill,
+          [attributes.placedDecode]: placement.decode,
+          [attributes.prefixBlocks]: placement.prefixBlocks,
+          [attributes.queueWaitMs]: performance.now() - arrivedAtMs,
+        })
+        return placement
+      }).pipe(Effect.withSpan(spans.schedulerPlace, { kind: "server", attributes: { ...spanAttributes, [attributes.requestId]: request.requestId, [attributes.attempt]: request.attempt } }))
 
     const release = (key: { readonly requestId: string; readonly attempt: number }) =>
       Effect.gen(function* () {

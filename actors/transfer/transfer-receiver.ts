@@ -8,7 +8,7 @@ import type { Bus, Subscription } from "../runtime/bus.ts"
 import { header, protocolVersion } from "../runtime/bus.ts"
 import { Fault } from "../runtime/fault.ts"
 import { headerForCrc, kvChunkHeaderBytes, readChunkHeader, type ChunkRange, type KvDtype } from "../messages/kv-chunk.ts"
-import { KvProgress, KvStatus } from "../messages/kv-transfer.ts"
+import { KvProgress, KvStatus, type KvProgressMessage } from "../messages/kv-transfer.ts"
 import { transferSubject } from "../messages/subjects.ts"
 import { Settlement } from "./settlement.ts"
 
@@ -19,7 +19,7 @@ export interface ChunkSink {
   readonly layers: number
   readonly layerBlockBytes: number
   crc32c(bytes: Uint8Array, seed: number): number
-  /** Writes a payload in place; false where its CRC-32C, continued from `seed`, is not `crc`. */
+  /** Writes a payload in place; false where its CRC-32C, continued from `seed`, is not `crc`. Throws where its place is gone. */
   take(range: ChunkRange, payload: Uint8Array, seed: number, crc: number): boolean
 }
 
@@ -58,6 +58,7 @@ export class TransferReceiver {
   readonly #taken = new Set<number>() // sequence numbers
   readonly #askedAtMs = new Map<number, number>() // when a missing chunk was last asked for
   #newest = -1 // largest sequence number taken
+  #gapless = 0 // all below are taken
   #quietSeen = -1 // what the sender said last time, where no chunk has come since
   readonly #subscriptions: Array<Subscription>
   readonly #timer: NodeJS.Timeout
@@ -71,7 +72,7 @@ export class TransferReceiver {
   #over = false
   #complete = false
   #first: ReadonlyArray<Uint8Array> | undefined // known once the sender has nothing more
-  #heardAtMs = performance.now()
+  #heardAtMs: number | undefined // a prompt may wait long for its turn: silence counts from the sender's first word on
   #firstChunkAtMs: number | undefined
 
   constructor(options: ReceiverOptions) {
@@ -94,7 +95,7 @@ export class TransferReceiver {
   /** Gives the transfer up and tells the sender why. */
   fail(fault: Fault): void {
     if (this.#over) return
-    this.#tell(fault.message)
+    if (!this.#complete) this.#tell(fault.message)
     this.close()
     this.#outcome.reject(fault)
   }
@@ -118,9 +119,12 @@ export class TransferReceiver {
       return
     }
     const { header: found, crc } = read
-    const { sink, transferId, firstBlock, blocks } = this.#options
+    const { sink, transferId, firstBlock, blocks, hop } = this.#options
     const inside =
       found.transferId === transferId &&
+      found.sequence < this.#cells.length &&
+      found.layers > 0 &&
+      found.blocks > 0 &&
       found.dtype === sink.dtype &&
       found.blockTokens === sink.blockTokens &&
       found.firstLayer + found.layers <= sink.layers &&
@@ -135,34 +139,42 @@ export class TransferReceiver {
       this.#duplicates++
       return
     }
-    if (!sink.take(found, chunk.subarray(kvChunkHeaderBytes), sink.crc32c(headerForCrc(chunk), 0), crc)) {
-      this.#corrupted++
-      return
+    try {
+      if (!sink.take(found, chunk.subarray(kvChunkHeaderBytes), sink.crc32c(headerForCrc(chunk), 0), crc)) {
+        this.#corrupted++
+        return
+      }
+    } catch (error) {
+      return this.fail(Fault.from(error, hop))
     }
     this.#mark(found)
     this.#taken.add(found.sequence)
     this.#newest = Math.max(this.#newest, found.sequence)
     this.#quietSeen = -1
     this.#bytes += chunk.byteLength
+    while (this.#taken.has(this.#gapless)) this.#gapless++
     if (this.#missingCells === 0 && this.#first !== undefined) return this.#finish()
     if (this.#bytes - this.#toldBytes >= this.#options.creditBytes / 4) this.#tell(undefined)
   }
 
   #progress(data: Uint8Array): void {
-    if (this.#over && !this.#complete) return
-    this.#heardAtMs = performance.now()
+    if (this.#over) return
+    let progress: KvProgressMessage
     try {
-      const { chunks, failure, final, first } = KvProgress.decode(data)
-      if (final) this.#first = first
-      if (failure !== undefined) return this.fail(this.#fault("disconnected", failure))
-      // Progress and chunks travel on different connections: what was sent is lost only when the sender says it again and
-      // nothing has come in between.
-      this.#seen = this.#quietSeen === chunks ? Math.max(this.#seen, chunks) : this.#seen
-      this.#quietSeen = chunks
-    } catch (error) {
-      return this.fail(Fault.from(error, this.#options.hop))
+      progress = KvProgress.decode(data)
+    } catch {
+      return // as good as lost: it comes again
     }
-    if (this.#missingCells === 0 && this.#first !== undefined && !this.#complete) return this.#finish()
+    const { chunks, closed, failure, final, first } = progress
+    this.#heardAtMs = performance.now()
+    if (failure !== undefined) return this.fail(this.#fault("disconnected", failure))
+    if (this.#complete) return closed ? this.close() : this.#tell(undefined)
+    if (final) this.#first = first
+    // Progress and chunks travel on different connections: what was sent is lost only when the sender says it again and
+    // nothing has come in between.
+    if (this.#quietSeen === chunks) this.#seen = Math.max(this.#seen, chunks)
+    this.#quietSeen = chunks
+    if (this.#missingCells === 0 && this.#first !== undefined) return this.#finish()
     this.#tell(undefined)
   }
 
@@ -170,7 +182,7 @@ export class TransferReceiver {
   #missing(): Array<number> {
     const nowMs = performance.now()
     const missing: Array<number> = []
-    for (let sequence = 0; sequence < Math.max(this.#newest, this.#seen) && missing.length < missingOfMessage; sequence++) {
+    for (let sequence = this.#gapless; sequence < Math.max(this.#newest, this.#seen) && missing.length < missingOfMessage; sequence++) {
       if (this.#taken.has(sequence) || nowMs - (this.#askedAtMs.get(sequence) ?? -Infinity) < limits.kvProgressIntervalMs) continue
       this.#askedAtMs.set(sequence, nowMs)
       missing.push(sequence)
@@ -197,12 +209,13 @@ export class TransferReceiver {
   #finish(): void {
     this.#complete = true
     this.#tell(undefined)
-    const ms = performance.now() - (this.#firstChunkAtMs ?? this.#heardAtMs)
+    const ms = performance.now() - (this.#firstChunkAtMs ?? performance.now())
     this.#outcome.resolve({ chunks: this.#taken.size, bytes: this.#bytes, ms, corrupted: this.#corrupted, duplicates: this.#duplicates, first: this.#first ?? [] })
-    // Its last word may be lost: the sender asks again for a while, and is answered until it is quiet.
+    // The last word may be lost: the sender is answered until it says that it has heard it, or is quiet.
   }
 
   #watch(): void {
+    if (this.#heardAtMs === undefined) return
     const silentMs = performance.now() - this.#heardAtMs
     if (silentMs <= limits.kvSilenceMs) return
     if (this.#complete) return this.close()

@@ -10,6 +10,7 @@ import { Fault } from "../runtime/fault.ts"
 import { headerForCrc, kvChunkHeaderBytes, sealChunk, writeChunkHeader, type ChunkRange, type KvDtype } from "../messages/kv-chunk.ts"
 import { KvProgress, KvStatus, type KvStatusMessage } from "../messages/kv-transfer.ts"
 import { transferSubject } from "../messages/subjects.ts"
+import { chunkBytesOn } from "./chunk-limit.ts"
 import { Settlement } from "./settlement.ts"
 
 /** Where the bytes come from. */
@@ -19,7 +20,7 @@ export interface ChunkSource {
   /** Bytes of one layer of one block. */
   readonly layerBlockBytes: number
   crc32c(bytes: Uint8Array, seed: number): number
-  /** Writes a chunk's payload at `offset` and returns its CRC-32C, continued from `seed`. */
+  /** Writes a chunk's payload at `offset` and returns its CRC-32C, continued from `seed`. Throws where the KV is gone. */
   write(range: ChunkRange, into: Uint8Array, offset: number, seed: number): number
 }
 
@@ -57,6 +58,7 @@ export class TransferSender {
   #sentBytes = 0
   #takenBytes = 0
   #resent = 0
+  readonly #resentAtMs = new Map<number, number>() // by sequence number
   #final = false
   #first: ReadonlyArray<Uint8Array> = []
   #over = false
@@ -78,10 +80,10 @@ export class TransferSender {
     this.#timer.unref()
   }
 
-  /** Queues KV that is complete in the pool: `ranges` are cut to chunks of at most the limit. */
+  /** Queues KV that is complete in the pool: `ranges` are cut to chunks of at most the limit. Never throws. */
   send(range: ChunkRange): void {
-    const { layerBlockBytes } = this.#options.source
-    const most = Math.max(1, Math.floor((limits.kvChunkBytes - kvChunkHeaderBytes) / layerBlockBytes)) // layers x blocks
+    if (this.#over) return
+    const most = Math.max(1, Math.floor((chunkBytesOn(this.#options.bulk) - kvChunkHeaderBytes) / this.#options.source.layerBlockBytes)) // layers x blocks
     const blocks = Math.min(range.blocks, most)
     const layers = Math.min(range.layers, Math.max(1, Math.floor(most / blocks)))
     for (let layer = 0; layer < range.layers; layer += layers) {
@@ -107,80 +109,98 @@ export class TransferSender {
   /** Gives the transfer up and tells the receiver why. */
   fail(fault: Fault): void {
     if (this.#over) return
-    this.#tell(fault.message)
+    this.#tell({ failure: fault.message })
     this.#close()
     this.#outcome.reject(fault)
   }
 
   #flush(): void {
-    while (!this.#over && this.#sent < this.#chunks.length && this.#sentBytes - this.#takenBytes < this.#options.creditBytes) {
-      this.#sentBytes += this.#write(this.#sent++)
+    while (!this.#over && this.#sent < this.#chunks.length && this.#hasCredit() && this.#write(this.#sent)) {
+      this.#sentBytes += this.#bytesOf(this.#sent++)
     }
-    const waits = !this.#over && this.#sent < this.#chunks.length
+    if (this.#over) return
+    const waits = this.#sent < this.#chunks.length
     if (waits) this.#waitingSinceMs ??= performance.now()
     else if (this.#waitingSinceMs !== undefined) {
       this.#waitedMs += performance.now() - this.#waitingSinceMs
       this.#waitingSinceMs = undefined
     }
-    if (this.#final && !waits) this.#tell(undefined)
+    if (this.#final && !waits) this.#tell({})
   }
 
-  #write(sequence: number): number {
-    const { bulk, cluster, transferId, source } = this.#options
+  /** One chunk may always be on its way, however small the window. */
+  #hasCredit(): boolean {
+    const onTheirWay = this.#sentBytes - this.#takenBytes
+    return onTheirWay === 0 || onTheirWay + this.#bytesOf(this.#sent) <= this.#options.creditBytes
+  }
+
+  #bytesOf(sequence: number): number {
+    const { layers, blocks } = this.#chunks[sequence]!
+    return kvChunkHeaderBytes + layers * blocks * this.#options.source.layerBlockBytes
+  }
+
+  /** False where it could not be published: now, or for good. */
+  #write(sequence: number): boolean {
+    const { bulk, cluster, transferId, source, hop } = this.#options
     const range = this.#chunks[sequence]!
-    const payloadBytes = range.layers * range.blocks * source.layerBlockBytes
-    const chunk = new Uint8Array(kvChunkHeaderBytes + payloadBytes)
-    writeChunkHeader(chunk, { ...range, transferId, sequence, dtype: source.dtype, blockTokens: source.blockTokens, payloadBytes })
-    const seed = source.crc32c(headerForCrc(chunk), 0)
-    sealChunk(chunk, source.write(range, chunk, kvChunkHeaderBytes, seed))
     try {
+      const chunk = new Uint8Array(Buffer.allocUnsafeSlow(this.#bytesOf(sequence)).buffer)
+      writeChunkHeader(chunk, { ...range, transferId, sequence, dtype: source.dtype, blockTokens: source.blockTokens, payloadBytes: chunk.byteLength - kvChunkHeaderBytes })
+      sealChunk(chunk, source.write(range, chunk, kvChunkHeaderBytes, source.crc32c(headerForCrc(chunk), 0)))
       bulk.publish(transferSubject(cluster, transferId, "chunk"), chunk)
+      return true
     } catch (error) {
-      this.fail(Fault.from(error, this.#options.hop))
+      const fault = Fault.from(error, hop)
+      if (fault.code !== "overloaded") this.fail(fault) // what the bus has no room for is tried again by the watch
+      return false
     }
-    return chunk.byteLength
   }
 
   #receive(data: Uint8Array): void {
+    if (this.#over) return
     let status: KvStatusMessage
     try {
       status = KvStatus.decode(data)
-    } catch (error) {
-      return this.fail(Fault.from(error, this.#options.hop))
+    } catch {
+      return // as good as lost: it comes again
     }
     this.#heardAtMs = performance.now()
     if (status.failure !== undefined) return this.fail(this.#fault("disconnected", status.failure))
-    this.#takenBytes = Math.max(this.#takenBytes, Math.min(status.bytes, this.#sentBytes))
-    for (const sequence of status.missing) {
-      if (this.#over || sequence >= this.#sent) continue
-      this.#resent++
-      this.#write(sequence)
-    }
-    if (status.complete && this.#final) {
+    if (status.complete && this.#final && this.#sent === this.#chunks.length) {
+      this.#tell({ closed: true })
       this.#close()
       const ms = performance.now() - this.#startedAtMs
       return this.#outcome.resolve({ chunks: this.#sent, bytes: this.#sentBytes, ms, waitedMs: this.#waitedMs, resent: this.#resent })
     }
+    this.#takenBytes = Math.max(this.#takenBytes, Math.min(status.bytes, this.#sentBytes))
+    for (const sequence of status.missing) this.#resend(sequence)
     if (this.#sent < this.#chunks.length) this.#flush()
+  }
+
+  /** Once an interval at most, so that a status that comes twice does not double what is on its way. */
+  #resend(sequence: number): void {
+    if (this.#over || sequence >= this.#sent || this.#heardAtMs - (this.#resentAtMs.get(sequence) ?? -Infinity) < limits.kvProgressIntervalMs / 2) return
+    this.#resentAtMs.set(sequence, this.#heardAtMs)
+    if (this.#write(sequence)) this.#resent++
   }
 
   #watch(): void {
     const unanswered = this.#sent > 0 && (this.#final || this.#waitingSinceMs !== undefined)
     if (!unanswered) {
       this.#heardAtMs = performance.now() // it is this side that has nothing to send
-      return this.#tell(undefined)
-    }
-    if (performance.now() - this.#heardAtMs > limits.kvSilenceMs) {
+    } else if (performance.now() - this.#heardAtMs > limits.kvSilenceMs) {
       return this.fail(this.#fault("deadline_exceeded", `no word of the receiver for ${limits.kvSilenceMs} ms`))
     }
-    this.#tell(undefined)
+    this.#tell({})
+    if (this.#sent < this.#chunks.length) this.#flush()
   }
 
-  #tell(failure: string | undefined): void {
+  #tell(outcome: { readonly failure?: string; readonly closed?: boolean }): void {
     const { control, cluster, transferId } = this.#options
     const final = this.#final && this.#sent === this.#chunks.length
+    const progress = { chunks: this.#sent, final, first: final ? this.#first : [], closed: outcome.closed === true, failure: outcome.failure }
     try {
-      control.publish(transferSubject(cluster, transferId, "progress"), KvProgress.encode({ chunks: this.#sent, final, first: final ? this.#first : [], failure }), { headers: { [header.version]: protocolVersion } })
+      control.publish(transferSubject(cluster, transferId, "progress"), KvProgress.encode(progress), { headers: { [header.version]: protocolVersion } })
     } catch {
       // Disconnected: the watch and onDisconnect end the transfer.
     }

@@ -50,14 +50,12 @@ describe("a topology file", () => {
   })
 
   test.each([
-    ["bus: { nats: { spawn: true } }", "bus", "use memory"],
     ["scheduler: { policy: kv-centric }", "scheduler.policy", "use cache-aware"],
     ["scheduler: { policy: random }", "scheduler.policy", "use cache-aware"],
     ["gateway: { replicas: 2 }", "gateway.replicas", "use 1"],
     ["workers: [{ name: a, device: cuda }]", "workers[0].device", "use cpu"],
     ["workers: [{ name: a, kv: { dtype: int8 } }]", "workers[0].kv.dtype", "use f16"],
-    ["kvStore: { disk: { size: 2GiB } }", "kvStore.disk", "use no disk key"],
-    ["telemetry: { otlp: http://127.0.0.1:4318 }", "telemetry.otlp", "use null"]
+    ["kvStore: { disk: { size: 2GiB } }", "kvStore.disk", "use no disk key"]
   ])("%s is in the design but not built: refused, not ignored", (line, path, use) => {
     const [problem = "", ...rest] = problems(`penstock: 1\n${line}\n`)
     expect(rest).toEqual([])

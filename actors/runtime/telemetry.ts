@@ -1,0 +1,20 @@
+/**
+ * Tracing of a process: on where there is a collector to send spans to, else switched off, so that spans are not even made
+ * and nothing of the SDK is loaded.
+ */
+import { Effect, Layer, References } from "effect"
+
+export interface TelemetryOptions {
+  /** A collector's OTLP/HTTP address, to which /v1/traces is added; undefined: tracing is off. */
+  readonly endpoint: string | undefined
+  readonly cluster: string
+  /** What the process runs: its kind, which becomes a service of its own in Jaeger, and its name. */
+  readonly component: { readonly kind: string; readonly id: string }
+}
+
+/** Sends spans until its Scope closes, which waits for the last ones, but not long. */
+export const telemetry = (options: TelemetryOptions): Layer.Layer<never> => {
+  const { endpoint } = options
+  if (endpoint === undefined) return Layer.succeed(References.TracerEnabled, false)
+  return Layer.unwrap(Effect.map(Effect.promise(() => import("./otlp.ts")), ({ otlp }) => otlp({ ...options, endpoint })))
+}

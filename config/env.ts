@@ -17,6 +17,8 @@ export interface Env {
   readonly threads: number | undefined
   /** A nats-server binary. */
   readonly natsServer: string | undefined
+  /** A Jaeger binary, for the test of traces. */
+  readonly jaeger: string | undefined
   /** Folders that programs are looked for in: the absolute ones of PATH. */
   readonly searchPath: ReadonlyArray<string>
   readonly otlpEndpoint: string | undefined
@@ -76,6 +78,7 @@ export const readEnv = (variables: NodeJS.ProcessEnv = process.env): Env => {
     isa,
     threads: integer("PENSTOCK_THREADS", 1, 1024),
     natsServer: absolute("PENSTOCK_NATS_SERVER"),
+    jaeger: absolute("PENSTOCK_JAEGER"),
     searchPath: (value("PATH") ?? "").split(delimiter).filter((folder) => isAbsolute(folder)),
     otlpEndpoint: url("OTEL_EXPORTER_OTLP_ENDPOINT"),
     hfEndpoint: url("HF_ENDPOINT") ?? "https://huggingface.co"

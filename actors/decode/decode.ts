@@ -125,7 +125,7 @@ export const decodeActor = (options: DecodeActorOptions): Effect.Effect<void, ne
         }
       },
       (fault: Fault) => {
-        if (worker.receiving.has(id)) orphaned = setTimeout(() => fail(fault), limits.kvSilenceMs)
+        if (worker.receiving.has(id)) orphaned = setTimeout(() => fail(fault), limits.kvSilenceMs).unref()
       },
     )
   }

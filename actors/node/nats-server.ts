@@ -5,6 +5,7 @@
 import { spawn, type ChildProcess } from "node:child_process"
 import { randomBytes } from "node:crypto"
 import { closeSync, mkdtempSync, openSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs"
+import type { Socket } from "node:net"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { Effect, type Scope } from "effect"
@@ -33,9 +34,9 @@ export interface RunningNatsServer extends NatsAddress {
  * line comes when the server has ended; the end of the pipe comes first only when this process was killed, and then the
  * server goes too, with its folder. `$$` is the server's own process id, since exec keeps it. Needs nothing but a POSIX shell.
  */
-const untilParentDies = `folder=$1; shift; exec 3<&0
+const untilParentDies = `folder=$1; shift
 (read -r line <&3 || { kill -KILL $$; rm -rf "$folder"; }) >/dev/null 2>&1 &
-exec "$@" 3<&- </dev/null`
+exec "$@" 3<&-`
 
 /**
  * Runs a nats-server on a free port of loopback until the Scope closes. Who wants to connect needs the token, which no
@@ -101,9 +102,11 @@ const startServer = (binary: string, config: string, folder: string): ChildProce
   // What it says before it has read its configuration, and so before it has a log.
   const output = openSync(join(folder, "output"), "w", 0o600)
   try {
-    const child = spawn("/bin/sh", ["-c", untilParentDies, "sh", folder, binary, "-c", config], { stdio: ["pipe", output, output], detached: true })
-    child.stdin!.on("error", () => {}) // the watcher may have gone already
-    child.once("exit", () => child.stdin!.end("\n"))
+    const child = spawn("/bin/sh", ["-c", untilParentDies, "sh", folder, binary, "-c", config], { stdio: ["ignore", output, output, "pipe"], detached: true })
+    // Not stdin, which Node closes by itself before it says that a child has ended.
+    const watched = child.stdio[3] as Socket
+    watched.on("error", () => {}) // the watcher may have gone already
+    child.once("exit", () => watched.end("\n", () => watched.destroy()))
     return child
   } finally {
     closeSync(output)

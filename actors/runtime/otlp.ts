@@ -6,6 +6,7 @@
 import { hostname } from "node:os"
 import * as OtelTracer from "@effect/opentelemetry/OtelTracer"
 import * as Resource from "@effect/opentelemetry/Resource"
+import type { Span } from "@opentelemetry/api"
 import { OTLPTraceExporter } from "@opentelemetry/exporter-trace-otlp-proto"
 import { BatchSpanProcessor, NodeTracerProvider, type SpanExporter } from "@opentelemetry/sdk-trace-node"
 import { ATTR_SERVICE_INSTANCE_ID, ATTR_SERVICE_NAMESPACE } from "@opentelemetry/semantic-conventions"
@@ -39,7 +40,7 @@ export const otlp = ({ endpoint, cluster, component }: TelemetryOptions & { read
   )
   const tracer = Effect.map(OtelTracer.make, (made) =>
     // Without its `context`, which would run every step of every fibre in OpenTelemetry's own context: nothing here reads that.
-    Tracer.make({ span: (options) => withoutText(made.span(options)) }),
+    Tracer.make({ span: (options) => withLists(withoutText(made.span(options))) }),
   )
   return Layer.effect(Tracer.Tracer, tracer).pipe(Layer.provide(OtelTracer.layerTracer), Layer.provide(provider), Layer.provide(resource))
 }
@@ -60,6 +61,14 @@ const sayingOnce = (exporter: SpanExporter, endpoint: string): SpanExporter => {
     shutdown: () => exporter.shutdown(),
     forceFlush: () => exporter.forceFlush?.() ?? Promise.resolve(),
   }
+}
+
+/** Attributes that are lists stay lists, which the bridge would write as JSON. */
+const withLists = (span: Tracer.Span): Tracer.Span => {
+  const { span: own } = span as Tracer.Span & { readonly span: Span }
+  const attribute = span.attribute.bind(span)
+  span.attribute = (key, value) => (Array.isArray(value) ? void own.setAttribute(key, value.map(String)) : attribute(key, value))
+  return span
 }
 
 /** A failed span says the kind of its error and no more: messages may quote a request. */

@@ -62,7 +62,7 @@ export class TransferSender {
   #final = false
   #first: ReadonlyArray<Uint8Array> = []
   #over = false
-  #heardAtMs = performance.now()
+  #advancedAtMs = performance.now() // when the receiver last had more than before
   #waitingSinceMs: number | undefined
   #waitedMs = 0
 
@@ -164,7 +164,7 @@ export class TransferSender {
     } catch {
       return // as good as lost: it comes again
     }
-    this.#heardAtMs = performance.now()
+    const nowMs = performance.now()
     if (status.failure !== undefined) return this.fail(this.#fault("disconnected", status.failure))
     if (status.complete && this.#final && this.#sent === this.#chunks.length) {
       this.#tell({ closed: true })
@@ -172,24 +172,28 @@ export class TransferSender {
       const ms = performance.now() - this.#startedAtMs
       return this.#outcome.resolve({ chunks: this.#sent, bytes: this.#sentBytes, ms, waitedMs: this.#waitedMs, resent: this.#resent })
     }
-    this.#takenBytes = Math.max(this.#takenBytes, Math.min(status.bytes, this.#sentBytes))
-    for (const sequence of status.missing) this.#resend(sequence)
+    const taken = Math.min(status.bytes, this.#sentBytes)
+    if (taken > this.#takenBytes) {
+      this.#takenBytes = taken
+      this.#advancedAtMs = nowMs
+    }
+    for (const sequence of status.missing) this.#resend(sequence, nowMs)
     if (this.#sent < this.#chunks.length) this.#flush()
   }
 
   /** Once an interval at most, so that a status that comes twice does not double what is on its way. */
-  #resend(sequence: number): void {
-    if (this.#over || sequence >= this.#sent || this.#heardAtMs - (this.#resentAtMs.get(sequence) ?? -Infinity) < limits.kvProgressIntervalMs / 2) return
-    this.#resentAtMs.set(sequence, this.#heardAtMs)
+  #resend(sequence: number, nowMs: number): void {
+    if (this.#over || sequence >= this.#sent || nowMs - (this.#resentAtMs.get(sequence) ?? -Infinity) < limits.kvProgressIntervalMs / 2) return
+    this.#resentAtMs.set(sequence, nowMs)
     if (this.#write(sequence)) this.#resent++
   }
 
   #watch(): void {
     const unanswered = this.#sent > 0 && (this.#final || this.#waitingSinceMs !== undefined)
     if (!unanswered) {
-      this.#heardAtMs = performance.now() // it is this side that has nothing to send
-    } else if (performance.now() - this.#heardAtMs > limits.kvSilenceMs) {
-      return this.fail(this.#fault("deadline_exceeded", `no word of the receiver for ${limits.kvSilenceMs} ms`))
+      this.#advancedAtMs = performance.now() // it is this side that has nothing to send
+    } else if (performance.now() - this.#advancedAtMs > limits.kvSilenceMs) {
+      return this.fail(this.#fault("deadline_exceeded", `nothing was taken for ${limits.kvSilenceMs} ms`))
     }
     this.#tell({})
     if (this.#sent < this.#chunks.length) this.#flush()

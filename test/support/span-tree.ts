@@ -15,3 +15,17 @@ export const treeOf = (spans: ReadonlyArray<TreeSpan>, parentId = "", depth = 0)
   const subtrees = childrenOf(spans, parentId).map((span) => [`${"  ".repeat(depth)}${span.name} @ ${span.service}`, ...treeOf(spans, span.spanId, depth + 1)])
   return subtrees.filter((subtree, i) => i === 0 || subtree.join() !== subtrees[i - 1]!.join()).flat()
 }
+
+/** The trace as a picture: each span with when it began and how long it took, siblings in the order of beginning. */
+export const drawTrace = (spans: ReadonlyArray<TreeSpan & { readonly component: string }>): ReadonlyArray<string> => {
+  const firstMs = Math.min(...spans.map(({ startMs }) => startMs))
+  const lines = (parentId: string, depth: number): ReadonlyArray<string> =>
+    spans
+      .filter((span) => span.parentId === parentId)
+      .sort((a, b) => a.startMs - b.startMs)
+      .flatMap(({ spanId, name, component, startMs, endMs }) => {
+        const label = `${"  ".repeat(depth)}${name}`
+        return [`${label.padEnd(28)}${component.padEnd(14)}${`+${(startMs - firstMs).toFixed(1)}`.padStart(8)} ms${(endMs - startMs).toFixed(1).padStart(9)} ms`, ...lines(spanId, depth + 1)]
+      })
+  return lines("", 0)
+}

@@ -48,7 +48,10 @@ export const tcpProxy = async (target: string): Promise<TcpProxy> => {
     refuse: (now) => (refusing = now),
     hold: (now) => {
       holding = now
-      for (const client of clients) now ? client.pause() : client.resume()
+      for (const client of clients) {
+        if (now) client.pause()
+        else client.resume()
+      }
     },
     close: () =>
       new Promise((resolve) => {

@@ -1,0 +1,477 @@
+import fc from "fast-check"
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest"
+import { kvChunkHeaderBytes, readChunkHeader, sealChunk, writeChunkHeader, headerForCrc, type ChunkRange, type KvChunkHeader } from "../../actors/messages/kv-chunk.ts"
+import { KvProgress, KvStatus } from "../../actors/messages/kv-transfer.ts"
+import { transferSubject } from "../../actors/messages/subjects.ts"
+import { Fault } from "../../actors/runtime/fault.ts"
+import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
+import { checkChunkFits, chunkBytesOn } from "../../actors/transfer/chunk-limit.ts"
+import { TransferReceiver, type ChunkSink, type ReceivedTransfer } from "../../actors/transfer/transfer-receiver.ts"
+import { TransferSender, type ChunkSource, type SentTransfer } from "../../actors/transfer/transfer-sender.ts"
+import { limits } from "../../config/limits.ts"
+import { crc32c } from "../../kernels/index.ts"
+import { FaultyBus, type Faults } from "../support/faulty-bus.ts"
+import { randomNumbers } from "../support/tiny-model.ts"
+
+const transferId = "00112233445566778899aabbccddeeff"
+const first = [Buffer.from([1, 2, 3]), Buffer.from([4])]
+const to = (verb: "chunk" | "progress" | "status") => transferSubject("test", transferId, verb)
+const verbOf = (subject: string) => subject.split(".").at(-1) as "chunk" | "progress" | "status"
+
+interface Shape {
+  readonly layers: number
+  readonly firstBlock: number
+  readonly blocks: number
+  readonly layerBlockBytes: number
+}
+const shape: Shape = { layers: 3, firstBlock: 2, blocks: 5, layerBlockBytes: 96 }
+
+/** KV that is a pure function of its place, and a pool to receive it. */
+const pools = ({ layers, firstBlock, blocks, layerBlockBytes }: Shape) => {
+  const random = randomNumbers(7)
+  const size = layers * (firstBlock + blocks) * layerBlockBytes
+  const kept = Uint8Array.from({ length: size }, () => random() * 256)
+  const came = new Uint8Array(size)
+  const at = (layer: number, block: number) => (layer * (firstBlock + blocks) + block) * layerBlockBytes
+  const each = (range: ChunkRange, visit: (place: number, offset: number) => void) => {
+    let offset = 0
+    for (let layer = range.firstLayer; layer < range.firstLayer + range.layers; layer++) {
+      for (let block = range.firstBlock; block < range.firstBlock + range.blocks; block++, offset += layerBlockBytes) visit(at(layer, block), offset)
+    }
+    return offset
+  }
+  const layout = { dtype: "f16" as const, blockTokens: 16, layers, layerBlockBytes, crc32c }
+  const source: ChunkSource = {
+    ...layout,
+    write: (range, into, offset, seed) => {
+      const bytes = each(range, (place, within) => into.set(kept.subarray(place, place + layerBlockBytes), offset + within))
+      return crc32c(into.subarray(offset, offset + bytes), seed)
+    },
+  }
+  const sink: ChunkSink = {
+    ...layout,
+    take: (range, payload, seed, crc) => {
+      each(range, (place, within) => came.set(payload.subarray(within, within + layerBlockBytes), place))
+      return crc32c(payload, seed) === crc
+    },
+  }
+  const whole = () => {
+    for (let layer = 0; layer < layers; layer++) {
+      const [from, end] = [at(layer, firstBlock), at(layer, firstBlock + blocks - 1) + layerBlockBytes]
+      if (Buffer.compare(kept.subarray(from, end), came.subarray(from, end)) !== 0) return false
+      if (came.subarray(at(layer, 0), from).some((byte) => byte !== 0)) return false // the prefix was held already
+    }
+    return true
+  }
+  return { source, sink, whole }
+}
+
+interface Ends {
+  readonly bus: FaultyBus
+  readonly memory: MemoryBus
+  readonly sender: TransferSender
+  readonly receiver: TransferReceiver
+  readonly whole: () => boolean
+  /** Of what both ends settled to; undefined while one has not. */
+  readonly outcomes: { sent?: SentTransfer | Fault; received?: ReceivedTransfer | Fault }
+}
+
+interface Opened {
+  readonly seed?: number
+  readonly faults?: Partial<Record<"chunk" | "progress" | "status", Faults>>
+  readonly shape?: Shape
+  readonly creditBytes?: number
+  readonly maxPayloadBytes?: number
+}
+
+const open = (options: Opened = {}): Ends => {
+  const sizes = options.shape ?? shape
+  const memory = new MemoryBus({ maxPayloadBytes: options.maxPayloadBytes ?? kvChunkHeaderBytes + 4 * sizes.layerBlockBytes + 200 })
+  const bus = new FaultyBus(memory, { seed: options.seed, faultsOf: (subject) => options.faults?.[verbOf(subject)] ?? {} })
+  const { source, sink, whole } = pools(sizes)
+  const common = { control: bus, bulk: bus, cluster: "test", transferId, creditBytes: options.creditBytes ?? limits.kvWindowBytes }
+  const receiver = new TransferReceiver({ ...common, sink, firstBlock: sizes.firstBlock, blocks: sizes.blocks, hop: "prefill p0" })
+  const sender = new TransferSender({ ...common, source, hop: "decode d0" })
+  const outcomes: Ends["outcomes"] = {}
+  sender.done.then((sent) => (outcomes.sent = sent), (fault: Fault) => (outcomes.sent = fault))
+  receiver.done.then((received) => (outcomes.received = received), (fault: Fault) => (outcomes.received = fault))
+  return { bus, memory, sender, receiver, whole, outcomes }
+}
+
+/** Sends everything as prefill does: layer by layer, a run of blocks at a time. */
+const sendAll = async ({ sender }: Ends, { layers, firstBlock, blocks }: Shape = shape) => {
+  for (let block = 0; block < blocks; block += 2) {
+    for (let layer = 0; layer < layers; layer++) {
+      sender.send({ firstLayer: layer, layers: 1, firstBlock: firstBlock + block, blocks: Math.min(2, blocks - block) })
+      await vi.advanceTimersByTimeAsync(1)
+    }
+  }
+  sender.finish(first)
+}
+
+const settled = async ({ outcomes }: Ends, longestMs = 60_000) => {
+  for (let waitedMs = 0; waitedMs < longestMs && (outcomes.sent === undefined || outcomes.received === undefined); waitedMs += 10) await vi.advanceTimersByTimeAsync(10)
+}
+
+const nothingLeft = async ({ bus }: Ends) => {
+  await vi.advanceTimersByTimeAsync(limits.kvSilenceMs + 1000)
+  expect(bus.listeners).toBe(0)
+  expect(vi.getTimerCount()).toBe(0)
+}
+
+beforeEach(() => void vi.useFakeTimers({ toFake: ["setTimeout", "clearTimeout", "setInterval", "clearInterval", "performance"] }))
+afterEach(() => void vi.useRealTimers())
+
+describe("a KV transfer", () => {
+  const complete = async (ends: Ends, sizes: Shape = shape) => {
+    await sendAll(ends, sizes)
+    await settled(ends)
+    expect(ends.outcomes.received).toMatchObject({ first })
+    expect(ends.outcomes.sent).toMatchObject({ chunks: expect.any(Number) as number })
+    expect(ends.whole()).toBe(true)
+    await nothingLeft(ends)
+    return { sent: ends.outcomes.sent as SentTransfer, received: ends.outcomes.received as ReceivedTransfer }
+  }
+  const failed = async (ends: Ends) => {
+    await settled(ends)
+    for (const outcome of [ends.outcomes.sent, ends.outcomes.received]) {
+      expect(outcome).toBeInstanceOf(Fault)
+      expect(["decode d0", "prefill p0"]).toContain((outcome as Fault).hop)
+      expect((outcome as Fault).retryable).toBe(true)
+    }
+    await nothingLeft(ends)
+    return ends.outcomes as { sent: Fault; received: Fault }
+  }
+
+  it("brings every byte to its place, and the first tokens, once each", async () => {
+    const { sent, received } = await complete(open())
+    expect(received).toMatchObject({ chunks: 9, corrupted: 0, duplicates: 0, bytes: sent.bytes })
+    expect(sent.resent).toBe(0)
+  })
+
+  it("is closed by both ends as soon as the sender has heard that it is complete", async () => {
+    const ends = open()
+    await sendAll(ends)
+    await settled(ends)
+    await vi.advanceTimersByTimeAsync(1)
+    expect(ends.bus.listeners).toBe(0)
+  })
+
+  it.each([
+    ["dropped", { drop: 0.3 }],
+    ["duplicated", { duplicate: 0.6 }],
+    ["reordered", { reorder: 0.6 }],
+    ["late", { delay: 0.5 }],
+    ["corrupted", { corrupt: 0.4 }],
+    ["all of it at once", { drop: 0.15, duplicate: 0.2, reorder: 0.3, delay: 0.2, corrupt: 0.2 }],
+  ] as const)("arrives whole though chunks are %s", async (_, chunk) => {
+    const ends = open({ seed: 3, faults: { chunk } })
+    await complete(ends)
+    for (const fault of Object.keys(chunk) as Array<keyof Faults>) expect(ends.bus.met[fault]).toBeGreaterThan(0)
+  })
+
+  it.each(["progress", "status"] as const)("arrives whole though most %s messages are lost, doubled, reordered or late", async (verb) => {
+    await complete(open({ seed: 5, faults: { [verb]: { drop: 0.5, duplicate: 0.5, reorder: 0.5, delay: 0.3 }, chunk: { drop: 0.2 } } }))
+  })
+
+  it("does not send a chunk again for each copy of a status that names it", async () => {
+    const ends = open({ faults: { status: { duplicate: 1 }, chunk: { drop: 0.3 } }, seed: 4 })
+    const { sent, received } = await complete(ends)
+    expect(ends.bus.met.drop).toBeGreaterThan(0)
+    expect(sent.resent).toBeLessThanOrEqual(ends.bus.met.drop)
+    expect(received.duplicates).toBe(0)
+  })
+
+  it("takes a byte that is wrong anywhere, in header or payload, for a chunk that did not come", async () => {
+    const small: Shape = { layers: 1, firstBlock: 0, blocks: 1, layerBlockBytes: 64 }
+    for (let bit = 0; bit < (kvChunkHeaderBytes + small.layerBlockBytes) * 8; bit++) {
+      const ends = open({ shape: small })
+      let spoilt = false
+      const publish = ends.memory.publish.bind(ends.memory)
+      ends.memory.publish = (subject, data, options) => {
+        if (verbOf(subject) !== "chunk" || spoilt) return publish(subject, data, options)
+        spoilt = true
+        const wrong = data.slice()
+        wrong[bit >> 3]! ^= 1 << (bit & 7)
+        publish(subject, wrong, options)
+      }
+      ends.sender.send({ firstLayer: 0, layers: 1, firstBlock: 0, blocks: 1 })
+      ends.sender.finish(first)
+      await vi.advanceTimersByTimeAsync(1)
+      expect(ends.outcomes.received).toBeUndefined()
+      await settled(ends)
+      expect(ends.outcomes.received).toMatchObject({ corrupted: 1, first })
+      expect(ends.whole()).toBe(true)
+      ends.receiver.close()
+    }
+  })
+
+  it("completes where the receiver's last word is lost again and again", async () => {
+    let words = 0
+    const ends = open()
+    const publish = ends.memory.publish.bind(ends.memory)
+    ends.memory.publish = (subject, data, options) => {
+      if (verbOf(subject) === "status" && KvStatus.decode(data).complete && ++words < 20) return
+      publish(subject, data, options)
+    }
+    await complete(ends)
+    expect(words).toBe(20)
+  })
+
+  it("ends at both ends where the receiver's goodbye is lost", async () => {
+    const ends = open()
+    const publish = ends.memory.publish.bind(ends.memory)
+    ends.memory.publish = (subject, data, options) => {
+      if (verbOf(subject) !== "progress" || !KvProgress.decode(data).closed) publish(subject, data, options)
+    }
+    await complete(ends)
+  })
+
+  it("never has more bytes on their way than the receiver lets be, whatever is lost", async () => {
+    const sizes: Shape = { layers: 4, firstBlock: 0, blocks: 12, layerBlockBytes: 128 }
+    const creditBytes = 1000
+    const ends = open({ shape: sizes, creditBytes, faults: { chunk: { delay: 0.3 }, status: { drop: 0.3 } }, seed: 9 })
+    const { sent } = await complete(ends, sizes)
+    expect(ends.bus.peakBytes.get(to("chunk"))).toBeLessThanOrEqual(creditBytes + sent.resent * (kvChunkHeaderBytes + 2 * 128))
+    const calm = open({ shape: sizes, creditBytes })
+    await complete(calm, sizes)
+    expect(calm.bus.peakBytes.get(to("chunk"))).toBeLessThanOrEqual(creditBytes)
+  })
+
+  it("goes on one chunk at a time where the window is smaller than a chunk", async () => {
+    await complete(open({ creditBytes: 1 }))
+  })
+
+  it("fails with the receiver's name where credits are withheld", async () => {
+    const ends = open({ creditBytes: 500, faults: { status: { drop: 1 } } })
+    await sendAll(ends)
+    const { sent, received } = await failed(ends)
+    expect(sent).toMatchObject({ code: "deadline_exceeded", hop: "decode d0" })
+    expect(received.message).toContain("prefill p0")
+  })
+
+  it("fails with the receiver's name where it is gone", async () => {
+    const ends = open()
+    ends.receiver.close()
+    await sendAll(ends)
+    await settled(ends, 15_000)
+    expect(ends.outcomes.sent).toMatchObject({ code: "deadline_exceeded", hop: "decode d0" })
+    await nothingLeft(ends)
+  })
+
+  it("fails with the sender's name where it falls silent in the middle", async () => {
+    const ends = open()
+    ends.sender.send({ firstLayer: 0, layers: 1, firstBlock: 2, blocks: 1 })
+    await vi.advanceTimersByTimeAsync(50)
+    const publish = ends.memory.publish.bind(ends.memory)
+    ends.memory.publish = (subject, data, options) => {
+      if (verbOf(subject) === "status") publish(subject, data, options)
+    }
+    await settled(ends, 15_000)
+    expect(ends.outcomes.received).toMatchObject({ code: "deadline_exceeded", hop: "prefill p0" })
+    await failed(ends)
+  })
+
+  it("waits for as long as its reservation does for a sender that has not begun", async () => {
+    const ends = open()
+    ends.sender.fail(new Fault({ code: "cancelled", message: "not this one", hop: "test" }))
+    const { sink } = pools(shape)
+    const receiver = new TransferReceiver({ control: ends.bus, bulk: ends.bus, cluster: "test", transferId: "f".repeat(32), sink, firstBlock: 0, blocks: 1, creditBytes: 1, hop: "prefill p0" })
+    let over = false
+    void receiver.done.then(() => (over = true), () => (over = true))
+    await vi.advanceTimersByTimeAsync(limits.prefillDeadlineMs)
+    expect(over).toBe(false)
+    receiver.close()
+    await nothingLeft(ends)
+  })
+
+  it("survives a prompt that is computed slowly: signs of life count", async () => {
+    const ends = open()
+    ends.sender.send({ firstLayer: 0, layers: 1, firstBlock: 2, blocks: 5 })
+    await vi.advanceTimersByTimeAsync(10 * limits.kvSilenceMs)
+    ends.sender.send({ firstLayer: 1, layers: 2, firstBlock: 2, blocks: 5 })
+    ends.sender.finish(first)
+    await settled(ends)
+    expect(ends.outcomes.received).toMatchObject({ first })
+    await nothingLeft(ends)
+  })
+
+  it("fails at once at both ends where the connection is lost", async () => {
+    const ends = open()
+    ends.sender.send({ firstLayer: 0, layers: 1, firstBlock: 2, blocks: 5 })
+    ends.memory.disconnect()
+    await vi.advanceTimersByTimeAsync(1)
+    const { sent, received } = await failed(ends)
+    expect([sent.code, received.code]).toEqual(["disconnected", "disconnected"])
+  })
+
+  it("tells the other end why one end gives it up", async () => {
+    const bySender = open()
+    bySender.sender.fail(new Fault({ code: "unavailable", message: "prefill p0: out of order", hop: "prefill p0" }))
+    expect((await failed(bySender)).received.message).toContain("out of order")
+    const byReceiver = open()
+    byReceiver.receiver.fail(new Fault({ code: "unavailable", message: "decode d0: no room", hop: "decode d0" }))
+    expect((await failed(byReceiver)).sent.message).toContain("no room")
+  })
+
+  it("is never complete without the sender's word that there is no more", async () => {
+    const ends = open()
+    ends.sender.send({ firstLayer: 0, layers: 3, firstBlock: 2, blocks: 5 })
+    await vi.advanceTimersByTimeAsync(1000)
+    expect(ends.outcomes.received).toBeUndefined()
+    ends.sender.fail(new Fault({ code: "cancelled", message: "given up before the first token", hop: "prefill p0" }))
+    await settled(ends)
+    expect(ends.outcomes.received).toBeInstanceOf(Fault)
+    await nothingLeft(ends)
+  })
+
+  it("fails at both ends where the KV is gone from the pool, or its place there", async () => {
+    for (const end of ["source", "sink"] as const) {
+      const memory = new MemoryBus()
+      const bus = new FaultyBus(memory, { faultsOf: () => undefined })
+      const { source, sink, whole } = pools(shape)
+      const gone = (): never => {
+        throw new Fault({ code: "unavailable", message: `the ${end} is gone`, hop: end === "sink" ? "decode d0" : "prefill p0" })
+      }
+      const common = { control: bus, bulk: bus, cluster: "test", transferId, creditBytes: 1e6 }
+      const receiver = new TransferReceiver({ ...common, sink: end === "sink" ? { ...sink, take: gone } : sink, firstBlock: 2, blocks: 5, hop: "prefill p0" })
+      const sender = new TransferSender({ ...common, source: end === "source" ? { ...source, write: gone } : source, hop: "decode d0" })
+      const ends: Ends = { bus, memory, sender, receiver, whole, outcomes: {} }
+      sender.done.then((sent) => (ends.outcomes.sent = sent), (fault: Fault) => (ends.outcomes.sent = fault))
+      receiver.done.then((received) => (ends.outcomes.received = received), (fault: Fault) => (ends.outcomes.received = fault))
+      sender.send({ firstLayer: 0, layers: 3, firstBlock: 2, blocks: 5 })
+      const { sent, received } = await failed(ends)
+      expect([sent.message, received.message].join()).toContain(`the ${end} is gone`)
+    }
+  })
+
+  it("waits where the bus has no room, and goes on when it has", async () => {
+    const ends = open()
+    const publish = ends.memory.publish.bind(ends.memory)
+    let room = 3
+    ends.memory.publish = (subject, data, options) => {
+      if (verbOf(subject) === "chunk" && room-- <= 0) throw new Fault({ code: "overloaded", message: "full", hop: "bus" })
+      publish(subject, data, options)
+    }
+    const more = setInterval(() => (room = 2), 250)
+    await sendAll(ends)
+    await settled(ends)
+    clearInterval(more)
+    expect(ends.outcomes.received).toMatchObject({ first, duplicates: 0 })
+    expect(ends.whole()).toBe(true)
+    await nothingLeft(ends)
+  })
+
+  it("ignores control messages that cannot be read, chunks of other transfers, and everything after its end", async () => {
+    const ends = open()
+    const junk = new Uint8Array([0xc1, 1, 2, 3])
+    for (const verb of ["chunk", "progress", "status"] as const) ends.memory.publish(to(verb), junk)
+    await complete(ends)
+    for (const verb of ["chunk", "progress", "status"] as const) ends.memory.publish(to(verb), junk)
+    ends.sender.send({ firstLayer: 0, layers: 1, firstBlock: 2, blocks: 1 })
+    ends.sender.finish([])
+    ends.sender.fail(new Fault({ code: "cancelled", message: "late", hop: "test" }))
+    ends.receiver.fail(new Fault({ code: "cancelled", message: "late", hop: "test" }))
+    await nothingLeft(ends)
+  })
+
+  it("arrives exactly, or fails with a fault that names the hop, whatever happens on its way", async () => {
+    const probability = fc.constantFrom(0, 0, 0.1, 0.3, 0.6, 1)
+    const control = fc.record({ drop: probability, duplicate: probability, reorder: probability, delay: probability })
+    const chunk = fc.record({ drop: probability, duplicate: probability, reorder: probability, delay: probability, corrupt: probability })
+    const anyShape = fc.record({ layers: fc.integer({ min: 1, max: 5 }), firstBlock: fc.integer({ min: 0, max: 3 }), blocks: fc.integer({ min: 1, max: 9 }), layerBlockBytes: fc.integer({ min: 1, max: 200 }) })
+    const anyCredit = fc.constantFrom(1, 700, 5000, limits.kvWindowBytes)
+    await fc.assert(
+      fc.asyncProperty(fc.nat(), chunk, control, control, anyShape, anyCredit, async (seed, chunkFaults, progress, status, sizes, creditBytes) => {
+        const ends = open({ seed, shape: sizes, creditBytes, maxPayloadBytes: 2000, faults: { chunk: chunkFaults, progress, status } })
+        await sendAll(ends, sizes)
+        await settled(ends, 300_000)
+        const { sent, received } = ends.outcomes
+        if (received instanceof Fault) expect(["prefill p0", "decode d0"]).toContain(received.hop)
+        else if (received !== undefined) {
+          expect(ends.whole()).toBe(true)
+          expect(received.first).toEqual(first)
+        }
+        if (sent instanceof Fault) expect(["prefill p0", "decode d0"]).toContain(sent.hop)
+        else expect(received).not.toBeInstanceOf(Fault)
+        // A receiver that never heard of a sender waits for its reservation to end.
+        if (received === undefined) ends.receiver.close()
+        expect(sent).toBeDefined()
+        await nothingLeft(ends)
+      }),
+      { seed: 20, numRuns: 150, endOnFailure: true },
+    )
+  })
+})
+
+describe("chunks", () => {
+  it("are cut to what the bus's messages hold, and refused by name where not even one layer of one block fits", () => {
+    expect(chunkBytesOn({ name: "nats", maxPayloadBytes: 100_000 })).toBe(100_000)
+    expect(chunkBytesOn({ name: "nats", maxPayloadBytes: 64 * 1024 * 1024 })).toBe(limits.kvChunkBytes)
+    const kv = { layerBlockBytes: 200_000, blockTokens: 256 }
+    expect(() => checkChunkFits({ name: "nats", maxPayloadBytes: 200_064 }, kv)).not.toThrow()
+    expect(() => checkChunkFits({ name: "nats", maxPayloadBytes: 200_063 }, kv)).toThrow(/bus nats.*200063.*256 tokens.*200064.*max_payload.*kv\.blockTokens/)
+  })
+
+  it("fit the bus, whatever the range", async () => {
+    const sizes: Shape = { layers: 7, firstBlock: 0, blocks: 9, layerBlockBytes: 100 }
+    for (const maxPayloadBytes of [300, 365, 1000, 4000, 8000]) {
+      const ends = open({ shape: sizes, maxPayloadBytes })
+      ends.sender.send({ firstLayer: 0, layers: 7, firstBlock: 0, blocks: 9 })
+      ends.sender.finish(first)
+      await settled(ends)
+      expect(ends.outcomes.received).toMatchObject({ first })
+      expect(ends.whole()).toBe(true)
+    }
+  })
+
+  const header = fc.record({
+    transferId: fc.uint8Array({ minLength: 16, maxLength: 16 }).map((bytes) => Buffer.from(bytes).toString("hex")),
+    sequence: fc.nat(0xffffffff),
+    dtype: fc.constant("f16" as const),
+    firstLayer: fc.nat(0xffff),
+    layers: fc.nat(0xffff),
+    firstBlock: fc.nat(0xffffffff),
+    blocks: fc.nat(0xffff),
+    blockTokens: fc.nat(0xffff),
+  })
+  const chunkOf = (fields: Omit<KvChunkHeader, "payloadBytes">, payload: Uint8Array): Uint8Array => {
+    const chunk = new Uint8Array(kvChunkHeaderBytes + payload.byteLength).fill(0xa5)
+    writeChunkHeader(chunk, { ...fields, payloadBytes: payload.byteLength })
+    chunk.set(payload, kvChunkHeaderBytes)
+    sealChunk(chunk, crc32c(payload, crc32c(headerForCrc(chunk), 0)))
+    return chunk
+  }
+
+  it("read back what was written, at any place of a larger buffer", () => {
+    fc.assert(
+      fc.property(header, fc.uint8Array({ maxLength: 100 }), fc.nat(9), (fields, payload, offset) => {
+        const chunk = chunkOf(fields, payload)
+        const within = new Uint8Array(chunk.byteLength + offset + 3)
+        within.set(chunk, offset)
+        const found = readChunkHeader(within.subarray(offset, offset + chunk.byteLength))
+        expect(found.header).toEqual({ ...fields, payloadBytes: payload.byteLength })
+        expect(found.crc).toBe(crc32c(payload, crc32c(headerForCrc(chunk), 0)))
+      }),
+      { seed: 21 },
+    )
+  })
+
+  it("never read hostile bytes as anything but a Fault or a header whose length is right", () => {
+    const spoilt = fc.tuple(header, fc.uint8Array({ maxLength: 40 }), fc.array(fc.tuple(fc.nat(103), fc.nat(255)), { maxLength: 4 }), fc.nat(110)).map(([fields, payload, changes, length]) => {
+      const chunk = chunkOf(fields, payload)
+      for (const [at, value] of changes) chunk[at % chunk.byteLength] = value
+      return chunk.subarray(0, length)
+    })
+    fc.assert(
+      fc.property(fc.oneof(fc.uint8Array({ maxLength: 200 }), spoilt), (bytes) => {
+        try {
+          expect(readChunkHeader(bytes).header.payloadBytes).toBe(bytes.byteLength - kvChunkHeaderBytes)
+        } catch (error) {
+          expect(error).toBeInstanceOf(Fault)
+        }
+      }),
+      { seed: 22, numRuns: 1000 },
+    )
+  })
+})

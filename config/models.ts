@@ -110,5 +110,5 @@ export const parseModel = (text: string, base: string): ModelSpec => {
     }
   }
   const meant = nearest(text, Object.keys(named))
-  throw new ConfigError([`model: "${text}" is not known${meant === undefined ? "" : `; did you mean ${meant}?`} Allowed: ${forms}; named models: ${Object.keys(named).join(", ")}`])
+  throw new ConfigError([`model: "${text}" is not known${meant === undefined ? "" : `; did you mean ${meant}?`}; allowed: ${forms}; named models: ${Object.keys(named).join(", ")}`])
 }

@@ -11,6 +11,8 @@ import type { Keys } from "./keys.ts"
 
 export interface ServedModel {
   readonly id: string
+  /** Other names it answers to. */
+  readonly aliases?: ReadonlyArray<string>
   readonly created: number
   readonly ownedBy: string
   readonly contextLength: number
@@ -76,7 +78,7 @@ export const json = (status: number, body: unknown, headers: Readonly<Record<str
 
 /** Throws where the request names another model. */
 export const checkModel = (gateway: GatewayContext, model: string): void => {
-  if (model !== gateway.model.id) throw modelNotFound(model, gateway.model.id)
+  if (model !== gateway.model.id && gateway.model.aliases?.includes(model) !== true) throw modelNotFound(model, gateway.model.id)
 }
 
 /** Throws where a prompt cannot cross the bus in one message: it is far beyond any context then. */

@@ -38,6 +38,8 @@ export const readKeys = (file: string): Keys => {
     if (entry === "") continue
     const match = /^([A-Za-z0-9._-]{1,64}):(?:sha256-)?([0-9a-fA-F]{64})$/.exec(entry)
     if (match === null) throw new GatewayError({ message: `${file}:${index + 1}: expected "tenant:hash", the hash being the SHA-256 of the key in 64 hex digits` })
+    const twin = keys.find(({ hash }) => hash.equals(Buffer.from(match[2]!, "hex")))
+    if (twin !== undefined && twin.tenant !== match[1]) throw new GatewayError({ message: `${file}:${index + 1}: this key is ${twin.tenant}'s already; give every tenant a key of its own` })
     keys.push({ tenant: match[1]!, hash: Buffer.from(match[2]!, "hex") })
   }
   if (keys.length === 0) throw new GatewayError({ message: `${file}: the key file has no key; add a line "tenant:hash", or leave the file away to serve this machine without keys` })

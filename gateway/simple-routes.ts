@@ -3,9 +3,9 @@ import { Effect, Schema } from "effect"
 import { Detokenize, Tokenize } from "../actors/messages/request.ts"
 import { anyId, subject } from "../actors/messages/subjects.ts"
 import type { MessageType } from "../actors/runtime/codec.ts"
-import { attempt, checkPromptBytes, json, readJson, type GatewayContext, type Handler } from "./call.ts"
+import { attempt, checkModel, checkPromptBytes, json, readJson, type GatewayContext, type Handler } from "./call.ts"
 import { decoder } from "./decode.ts"
-import { fromFault, modelNotFound } from "./errors.ts"
+import { fromFault } from "./errors.ts"
 import { tokenId } from "./schemas.ts"
 
 /** Alive: says nothing about whether requests can be served. */
@@ -22,7 +22,7 @@ const modelBody = ({ model }: GatewayContext) => ({ id: model.id, object: "model
 export const models: Handler = (gateway) => Effect.succeed(json(200, { object: "list", data: [modelBody(gateway)] }))
 
 export const oneModel: Handler = (gateway, call) =>
-  call.rest === gateway.model.id ? Effect.succeed(json(200, modelBody(gateway))) : Effect.fail(modelNotFound(call.rest, gateway.model.id))
+  Effect.map(attempt(() => checkModel(gateway, call.rest)), () => json(200, modelBody(gateway)))
 
 const ask = <A, R>(gateway: GatewayContext, type: MessageType<A, R, "ask">, message: A) =>
   Effect.mapError(gateway.link.ask(type, subject(gateway.cluster, "request", anyId, type.verb), message, { hop: "request" }), fromFault)

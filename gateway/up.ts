@@ -36,7 +36,7 @@ const serveTraced = (options: NodeOptions): Effect.Effect<Serving, WorkerError |
       host,
       port,
       keysFile: keys ?? undefined,
-      model: { id: model.name, created: Math.floor(Date.now() / 1000), ownedBy: "penstock", contextLength: running.contextTokens },
+      model: { id: model.name, aliases: model.aliases, created: Math.floor(Date.now() / 1000), ownedBy: "penstock", contextLength: running.contextTokens },
       ready: () => {
         const serving = members.all.filter(({ kind }) => kind === "worker").map(({ id }) => id)
         const missing = topology.workers.flatMap(({ name }) => (serving.includes(name) ? [] : [name]))
@@ -50,12 +50,13 @@ const serveTraced = (options: NodeOptions): Effect.Effect<Serving, WorkerError |
 const details = (workers: RunningNode["workers"]): string => {
   const [first] = workers.values()
   if (first === undefined) return ""
-  const { isa, threads, blocks, blockTokens } = first.kernels.info
-  return ` (${isa}, ${threads} threads, KV for ${blocks * blockTokens} tokens)`
+  const { isa, threads, blocks, blockTokens, blockBytes } = first.kernels.info
+  const each = workers.size > 1 ? " in each worker" : ""
+  return ` (${isa}; ${threads} threads and KV for ${blocks * blockTokens} tokens, at most ${((blocks * blockBytes) / 2 ** 30).toFixed(1)} GiB,${each || " in its worker"})`
 }
 
 const signalled: Effect.Effect<string> = Effect.callback((resume) => {
-  const handlers = (["SIGINT", "SIGTERM"] as const).map((signal) => {
+  const handlers = (["SIGINT", "SIGTERM", "SIGHUP"] as const).map((signal) => {
     const handler = () => resume(Effect.succeed(signal))
     process.once(signal, handler)
     return () => process.removeListener(signal, handler)
@@ -63,7 +64,7 @@ const signalled: Effect.Effect<string> = Effect.callback((resume) => {
   return Effect.sync(() => handlers.forEach((remove) => remove()))
 })
 
-/** Runs until SIGINT or SIGTERM, and resolves to the exit code after an orderly shutdown. */
+/** Runs until SIGINT, SIGTERM or SIGHUP, and resolves to the exit code after an orderly shutdown. */
 export const up = async (options: NodeOptions): Promise<number> => {
   const startedAtMs = performance.now() - process.uptime() * 1000
   const stopping = Deferred.makeUnsafe<void>()

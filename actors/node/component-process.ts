@@ -26,12 +26,15 @@ const program = fileURLToPath(new URL("./child.ts", import.meta.url))
 const [major = 0, minor = 0] = process.versions.node.split(".").map(Number)
 const loader = major > 22 || (major === 22 && minor >= 18) ? [] : ["--import", "tsx"]
 
+/** Node's own arguments for a program in TypeScript. */
+export const programArguments = (program: string): ReadonlyArray<string> => [...loader, program]
+
 /** Runs a component's process until it ends, which is a failure, or the Scope closes, which ends it. */
 export const componentProcess = (order: ChildOrder, ready: Effect.Effect<void>): Effect.Effect<never, WorkerError, Scope.Scope> =>
   Effect.gen(function* () {
     const name = `${order.component.kind} ${order.component.id}`
     const child = yield* Effect.acquireRelease(
-      Effect.sync(() => spawn(process.execPath, [...loader, program], { stdio: ["ignore", "inherit", "inherit", "ipc"], serialization: "advanced" })),
+      Effect.sync(() => spawn(process.execPath, [...programArguments(program)], { stdio: ["ignore", "inherit", "inherit", "ipc"], serialization: "advanced" })),
       end,
     )
     let said: string | undefined

@@ -14,6 +14,7 @@ import { kvFormatId } from "../engine/worker.ts"
 import { kvStoreActor } from "../kv-store/kv-store.ts"
 import { announce } from "../presence/announce.ts"
 import { Members } from "../presence/members.ts"
+import { checkChunkFits } from "../transfer/chunk-limit.ts"
 import { ChatTemplate } from "../request/chat-template.ts"
 import { requestActor } from "../request/request.ts"
 import { Tokenizer } from "../request/tokenizer.ts"
@@ -99,13 +100,14 @@ const runWorker = (id: string, epoch: number, context: ComponentContext, ready: 
     const index = topology.workers.findIndex(({ name }) => name === id)
     const { roles, maxBatch, threads, kv } = topology.workers[index]!
     const gguf = yield* readModel(model)
-    const { blocks, contextTokens } = (yield* attempt(() => planWorkers(gguf, topology)))[index]!
-    const share = Math.max(1, Math.floor(availableParallelism() / topology.workers.length))
+    const { blocks, contextTokens, layerBlockBytes } = (yield* attempt(() => planWorkers(gguf, topology)))[index]!
+    if (topology.workers.some((other) => other.roles.length === 1)) yield* attempt(() => checkChunkFits(buses.bulk, { layerBlockBytes, blockTokens: kv.blockTokens }))
     const kernels = {
       path: model.path,
       blocks,
       blockTokens: kv.blockTokens,
-      threads: threads === "auto" ? (env.threads ?? share) : threads,
+      // Every worker of the machine has all cores: the threads of one that is idle cost the others nothing.
+      threads: threads === "auto" ? (env.threads ?? availableParallelism()) : threads,
       isa: env.isa,
       maxRows: limits.stepTokens,
       maxOutputs: limits.stepOutputs,

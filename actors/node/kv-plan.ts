@@ -1,6 +1,7 @@
 /**
  * How large a worker's KV pool is: from the model's shape, which its file's metadata tells, and the memory at hand.
  */
+import { totalmem } from "node:os"
 import { limits } from "../../config/limits.ts"
 import type { Gguf } from "../../kernels/index.ts"
 
@@ -20,6 +21,8 @@ const required = (model: Gguf, key: string): number => {
 export interface KvPlan {
   readonly blocks: number
   readonly contextTokens: number
+  /** Bytes of one layer of one block. */
+  readonly layerBlockBytes: number
 }
 
 /**
@@ -37,5 +40,8 @@ export const planKv = (model: Gguf, options: { readonly blocks: number | "auto";
   const useful = Math.ceil(context / options.blockTokens) * options.maxBatch
   const affordable = Math.floor(Math.min(options.freeBytes * limits.autoPoolMemoryShare, limits.autoPoolBytes) / blockBytes)
   const blocks = options.blocks === "auto" ? Math.max(1, Math.min(useful, affordable)) : options.blocks
-  return { blocks, contextTokens: Math.min(context, blocks * options.blockTokens) }
+  if (blocks * blockBytes > totalmem()) {
+    throw new Error(`kv.blocks: ${blocks} blocks of ${blockBytes} bytes are more than this machine's memory of ${totalmem()} bytes; at most ${Math.floor(totalmem() / blockBytes)} fit`)
+  }
+  return { blocks, contextTokens: Math.min(context, blocks * options.blockTokens), layerBlockBytes: blockBytes / layers }
 }

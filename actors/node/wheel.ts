@@ -45,6 +45,9 @@ const runPip = (command: ReadonlyArray<string>, fetch: WheelFetch, download: str
     ]
     // TMPDIR: pip's own temporary file is as large as the wheel, and belongs on the disk that was checked for space.
     const child = spawn(program, args, { stdio: ["ignore", "pipe", "pipe"], env: childEnv({ TMPDIR: scratch }) })
+    const kill = () => child.kill("SIGKILL")
+    process.once("exit", kill) // with this process, whatever ends it
+    child.once("close", () => process.off("exit", kill))
     const progress = new Progress(fetch.sink, fetch.label, source.bytes)
     let output = ""
     let grownAt = Date.now()

@@ -56,7 +56,7 @@ export const prepare = (model: ServedModel, message: GenerateMessage): Prepared 
   const biased = message.sampling.logitBias.find(([token]) => token >= tokenizer.vocabulary)
   if (biased !== undefined) throw new Fault({ code: "invalid_request", message: `logit_bias: token ${biased[0]} is not in 0 … ${tokenizer.vocabulary - 1}`, hop, param: "logit_bias" })
   const room = contextTokens - prompt.length
-  const wanted = message.maxTokens ?? room
+  const wanted = message.maxTokens ?? Math.max(1, room)
   if (room < Math.min(1, wanted)) {
     throw new Fault({ code: "context_length_exceeded", message: `${param}: at most ${contextTokens - 1} prompt tokens can be served here, this one has more`, hop, param })
   }

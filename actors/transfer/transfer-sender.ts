@@ -10,6 +10,7 @@ import { Fault } from "../runtime/fault.ts"
 import { headerForCrc, kvChunkHeaderBytes, sealChunk, writeChunkHeader, type ChunkRange, type KvDtype } from "../messages/kv-chunk.ts"
 import { KvProgress, KvStatus, type KvStatusMessage } from "../messages/kv-transfer.ts"
 import { transferSubject } from "../messages/subjects.ts"
+import { giveChunkBuffer, takeChunkBuffer } from "./chunk-buffers.ts"
 import { chunkBytesOn } from "./chunk-limit.ts"
 import { Settlement } from "./settlement.ts"
 
@@ -57,6 +58,7 @@ export class TransferSender {
   #sent = 0 // chunks written once
   #sentBytes = 0
   #takenBytes = 0
+  readonly #onTheirWay: Array<{ readonly end: number; readonly chunk: Uint8Array }> = [] // `end`: bytes sent with it
   #resent = 0
   readonly #resentAtMs = new Map<number, number>() // by sequence number
   #final = false
@@ -144,10 +146,11 @@ export class TransferSender {
     const { bulk, cluster, transferId, source, hop } = this.#options
     const range = this.#chunks[sequence]!
     try {
-      const chunk = new Uint8Array(Buffer.allocUnsafeSlow(this.#bytesOf(sequence)).buffer)
+      const chunk = takeChunkBuffer(this.#bytesOf(sequence))
       writeChunkHeader(chunk, { ...range, transferId, sequence, dtype: source.dtype, blockTokens: source.blockTokens, payloadBytes: chunk.byteLength - kvChunkHeaderBytes })
       sealChunk(chunk, source.write(range, chunk, kvChunkHeaderBytes, source.crc32c(headerForCrc(chunk), 0)))
       bulk.publish(transferSubject(cluster, transferId, "chunk"), chunk)
+      if (sequence === this.#sent) this.#onTheirWay.push({ end: this.#sentBytes + chunk.byteLength, chunk })
       return true
     } catch (error) {
       const fault = Fault.from(error, hop)
@@ -167,6 +170,7 @@ export class TransferSender {
     const nowMs = performance.now()
     if (status.failure !== undefined) return this.fail(this.#fault("disconnected", status.failure))
     if (status.complete && this.#final && this.#sent === this.#chunks.length) {
+      for (const { chunk } of this.#onTheirWay.splice(0)) giveChunkBuffer(chunk)
       this.#tell({ closed: true })
       this.#close()
       const ms = performance.now() - this.#startedAtMs
@@ -175,6 +179,7 @@ export class TransferSender {
     const taken = Math.min(status.bytes, this.#sentBytes)
     if (taken > this.#takenBytes) {
       this.#takenBytes = taken
+      while (this.#onTheirWay.length > 0 && this.#onTheirWay[0]!.end <= taken) giveChunkBuffer(this.#onTheirWay.shift()!.chunk)
       this.#advancedAtMs = nowMs
     }
     for (const sequence of status.missing) this.#resend(sequence, nowMs)

@@ -127,6 +127,9 @@ it("a request that is larger than the KV pool is a 400 that says so, and others 
     const response = await fetch(`${small.url}/v1/completions`, { method: "POST", body: JSON.stringify({ model: "tiny", prompt: "word ".repeat(80), max_tokens: 4 }) })
     expect(response.status).toBe(400)
     expect(await response.json()).toMatchObject({ error: { code: "context_length_exceeded", param: "prompt", type: "invalid_request_error" } })
+    // Most chat requests name no max_tokens.
+    const chat = await fetch(`${small.url}/v1/chat/completions`, { method: "POST", body: JSON.stringify({ model: "tiny", messages: [{ role: "user", content: "word ".repeat(80) }] }) })
+    expect([chat.status, await chat.json()]).toMatchObject([400, { error: { code: "context_length_exceeded", param: "messages" } }])
     expect((await streamCompletion(small, { prompt: "short", max_tokens: 4, ignore_eos: true })).tokens).toHaveLength(4)
   } finally {
     await small.stop()

@@ -74,6 +74,7 @@ describe("keys", () => {
     const error = await start({ keysFile: file }).catch((error: Error) => error.message)
     expect(error).toContain(`${file}:2: expected "tenant:hash"`)
     expect(error).not.toContain("secret-in-clear")
+    await expect(start({ keysFile: keysFile(`alice:${hash("x")}\nbob:${hash("x")}\n`) })).rejects.toMatchObject({ message: expect.stringMatching(/keys\.txt:2: this key is alice's already/) })
     await expect(start({ keysFile: keysFile("# none\n") })).rejects.toMatchObject({ message: expect.stringContaining("has no key") })
     await expect(start({ keysFile: join(folder, "absent") })).rejects.toMatchObject({ message: expect.stringMatching(/absent: the key file cannot be read \(ENOENT\)/) })
   })
@@ -102,7 +103,7 @@ describe("routes", () => {
     expect(await wrong.json()).toMatchObject({ error: { code: "method_not_allowed" } })
   })
 
-  it("HEAD answers as GET without a body, OPTIONS names the methods, and nothing is allowed across origins", async () => {
+  it("HEAD answers as GET without a body, OPTIONS names the methods, and nothing is allowed to pages of other origins", async () => {
     const server = await start()
     const head = await fetch(`${server.url}/v1/models`, { method: "HEAD" })
     expect([head.status, await head.text()]).toEqual([200, ""])
@@ -134,6 +135,18 @@ describe("routes", () => {
     const statusFrom = async (origin: string) => (await server.post("/v1/chat/completions", chat, { origin, "content-type": "text/plain" })).status
     for (const origin of ["http://evil.example", "https://127.0.0.1.evil.example", "null"]) expect(await statusFrom(origin)).toBe(403)
     for (const origin of ["http://localhost:3000", "http://127.0.0.1:8080", "http://[::1]:1", "vscode-webview://x"]) expect(await statusFrom(origin)).toBe(200)
+  })
+
+  it("pages of this machine, and with keys pages of any origin, may read answers and streams", async () => {
+    const allowed = (response: Response) => response.headers.get("access-control-allow-origin")
+    const open = await start()
+    expect(allowed(await open.post("/v1/chat/completions", chat, { origin: "http://localhost:5173" }))).toBe("http://localhost:5173")
+    expect(allowed(await open.post("/v1/chat/completions", { ...chat, stream: true }, { origin: "http://localhost:5173" }))).toBe("http://localhost:5173")
+    expect(allowed(await open.post("/v1/chat/completions", chat, { origin: "http://evil.example" }))).toBe(null)
+    const keyed = await start({ keysFile: keysFile(`alice:${hash("k")}\n`) })
+    const preflight = await fetch(`${keyed.url}/v1/chat/completions`, { method: "OPTIONS", headers: { origin: "https://app.example", "access-control-request-headers": "authorization,content-type" } })
+    expect([allowed(preflight), preflight.headers.get("access-control-allow-methods"), preflight.headers.get("access-control-allow-headers")]).toEqual(["https://app.example", "POST, OPTIONS", "authorization,content-type"])
+    expect(allowed(await keyed.post("/v1/chat/completions", chat, { origin: "https://app.example", authorization: "Bearer k" }))).toBe("https://app.example")
   })
 
   it("a client that offers HTTP/2 on a plain request is answered in HTTP/1.1, body and all", async () => {

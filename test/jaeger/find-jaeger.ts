@@ -36,7 +36,7 @@ const build = (into: string): void => {
   process.stderr.write(`Building Jaeger ${version} from Go modules, which takes about five minutes, once …\n`)
   const folder = mkdtempSync(join(tmpdir(), "penstock-jaeger-"))
   const go = (...args: ReadonlyArray<string>): string =>
-    execFileSync("go", args, { cwd: folder, encoding: "utf8", env: childEnv({ GOFLAGS: "-mod=mod", GOTOOLCHAIN: "auto" }), stdio: ["ignore", "pipe", "inherit"], maxBuffer: 1 << 24 })
+    execFileSync("go", args, { cwd: folder, encoding: "utf8", env: childEnv({ GOFLAGS: "-mod=mod" }), stdio: ["ignore", "pipe", "inherit"], maxBuffer: 1 << 24 })
   try {
     const { Dir: source } = JSON.parse(go("mod", "download", "-json", `${goModule}@${version}`)) as { readonly Dir: string }
     const original = readFileSync(join(source, "go.mod"), "utf8").split("\n")

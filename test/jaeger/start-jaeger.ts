@@ -4,6 +4,7 @@ import { mkdtempSync, rmSync, writeFileSync } from "node:fs"
 import { createServer, type AddressInfo } from "node:net"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
+import { childEnv } from "../../config/env.ts"
 import type { TreeSpan } from "../support/span-tree.ts"
 import { findJaeger } from "./find-jaeger.ts"
 
@@ -100,7 +101,10 @@ export const startJaeger = async (): Promise<StartedJaeger> => {
   const [http = 0, grpc = 0, otlp = 0] = await freePorts(3)
   const file = join(folder, "jaeger.yaml")
   writeFileSync(file, config({ http, grpc, otlp }))
-  const child = spawn(program, ["--config", file], { stdio: ["ignore", "inherit", "inherit"] })
+  // Jaeger would trace itself too, and wait at its end for a collector that is not there.
+  const child = spawn(program, ["--config", file], { stdio: ["ignore", "ignore", "pipe"], env: childEnv({ OTEL_TRACES_SAMPLER: "always_off" }) })
+  let said = ""
+  child.stderr.on("data", (chunk: Buffer) => (said = (said + chunk.toString()).slice(-10_000)))
   const ended = new Promise<void>((resolve) => child.once("close", () => resolve()))
   const api = async <A>(path: string): Promise<A> => ((await (await fetch(`http://127.0.0.1:${http}${path}`)).json()) as { readonly data: A }).data
   const stop = async () => {
@@ -110,7 +114,7 @@ export const startJaeger = async (): Promise<StartedJaeger> => {
   }
   const answers = async (): Promise<boolean> => fetch(`http://127.0.0.1:${http}/api/services`).then(({ ok }) => ok, () => false)
   while (!(await answers())) {
-    if (child.exitCode !== null) throw new Error(`Jaeger ended with ${child.exitCode}`)
+    if (child.exitCode !== null) throw new Error(`Jaeger ended with ${child.exitCode}: ${said}`)
     await new Promise((resolve) => setTimeout(resolve, 50))
   }
   return {

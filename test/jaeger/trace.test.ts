@@ -2,7 +2,7 @@
 import { afterAll, beforeAll, expect, it } from "vitest"
 import { attributes, spans } from "../../config/telemetry.ts"
 import { drawTrace, treeOf } from "../support/span-tree.ts"
-import { startNode, type StartedNode } from "../support/start-node.ts"
+import { startNode, streamCompletion, type StartedNode } from "../support/start-node.ts"
 import { startJaeger, type JaegerSpan, type StartedJaeger } from "./start-jaeger.ts"
 
 let jaeger: StartedJaeger
@@ -10,6 +10,7 @@ let node: StartedNode
 beforeAll(async () => {
   jaeger = await startJaeger()
   node = await startNode({ preset: "disaggregated", change: (topology) => ({ ...topology, telemetry: { otlp: jaeger.otlp } }) })
+  await streamCompletion(node, { prompt: "Hello", max_tokens: 2 }) // until the scheduler has heard of all
 })
 afterAll(async () => {
   await node?.stop()

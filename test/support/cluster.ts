@@ -43,11 +43,14 @@ export const messageOf = ({ prompt, sampling, delivered, ...more }: Asked): Gene
   delivered: (delivered ?? []).map(packTokens),
 })
 
+/** What a test needs of a topology that runs in this process. */
+export type ClusterNode = Pick<StartedNode, "bus" | "workers" | "stop">
+
 export class Cluster {
-  readonly node: StartedNode
+  readonly node: ClusterNode
   readonly link: Link
 
-  private constructor(node: StartedNode) {
+  constructor(node: ClusterNode) {
     this.node = node
     this.link = new Link(node.bus, "test", 1)
   }

@@ -1,0 +1,4 @@
+import { serveOverNats } from "./bus-peer.ts"
+import { servePeer } from "./peer.ts"
+
+servePeer(serveOverNats)

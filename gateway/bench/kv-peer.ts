@@ -1,0 +1,85 @@
+/**
+ * A pool of a bench: one engine with a reservation that fills it, and the two ends of a transfer over it, next to messages
+ * of the same size with nothing in them.
+ */
+import { availableParallelism } from "node:os"
+import type { NatsAddress } from "../../config/topology.ts"
+import { limits } from "../../config/limits.ts"
+import { crc32c, Engine as Kernels } from "../../kernels/index.ts"
+import { Engine } from "../../actors/engine/engine.ts"
+import type { KvLayout } from "../../actors/engine/worker.ts"
+import { defaultSampling } from "../../actors/messages/sampling.ts"
+import { inboxPrefix, transferSubject } from "../../actors/messages/subjects.ts"
+import { connectBuses } from "../../actors/runtime/nats-bus.ts"
+import { poolSink } from "../../actors/transfer/pool.ts"
+import { TransferReceiver } from "../../actors/transfer/transfer-receiver.ts"
+
+export const cluster = "bench"
+export const blockTokens = 16
+/** Blocks of a transfer: a prompt of 2,048 tokens. */
+export const transferBlocks = 128
+/** Blocks of a chunk: those of one step. */
+export const chunkBlocks = limits.stepTokens / blockTokens
+const reservation = "bench"
+
+export type KvOrder =
+  | { readonly type: "open"; readonly nats: NatsAddress; readonly path: string }
+  | { readonly type: "receive"; readonly transferId: string }
+  | { readonly type: "count"; readonly transferId: string; readonly bytes: number }
+
+export type Pool = { readonly engine: Engine; readonly kv: KvLayout }
+
+/** An engine whose reservation holds `transferBlocks` blocks of bytes that do not compress. */
+export const openPool = async (path: string): Promise<Pool> => {
+  const kernels = await Kernels.load({ path, blocks: transferBlocks + 1, blockTokens, threads: availableParallelism(), maxRows: 1, maxOutputs: 1, maxContext: (transferBlocks + 1) * blockTokens })
+  const engine = new Engine(kernels, { name: "bench", maxBatch: 1 })
+  const prompt = Int32Array.from({ length: transferBlocks * blockTokens }, (_, i) => i % kernels.info.vocabulary)
+  await new Promise<void>((resolve, reject) => {
+    const spec = { id: reservation, requestId: reservation, hashRoot: "0".repeat(32), prompt, delivered: [], choices: 1, finished: [], sampling: { ...defaultSampling, seed: 0 }, maxTokens: 1, stopTokens: new Set<number>(), suppressedTokens: [], logprobs: -1, promptLogprobs: false }
+    engine.reserve(spec, { reserved: () => resolve(), token: () => {}, ended: () => {}, failed: reject, writable: () => true })
+  })
+  const { layers, layerBlockBytes } = kernels.info
+  const bytes = new Uint8Array(transferBlocks * layerBlockBytes)
+  for (let layer = 0; layer < layers; layer++) {
+    for (let i = 0, word = layer + 1; i < bytes.length; i += 4) {
+      word = Math.imul(word, 1664525) + 1013904223
+      bytes[i] = word >>> 24
+      bytes[i + 2] = word >>> 16
+    }
+    engine.importLayers(reservation, { firstLayer: layer, layers: 1, firstBlock: 0, blocks: transferBlocks }, bytes, 0, crc32c(bytes, 0))
+  }
+  return { engine, kv: { layers, dtype: "f16", blockTokens, layerBlockBytes } }
+}
+
+export const poolId = reservation
+
+export const connectPool = (nats: NatsAddress, id: string) => connectBuses({ ...nats, name: `bench ${id}`, inboxPrefix: inboxPrefix(cluster, "worker", id) })
+
+/** What the receiving process does. */
+export const receivingPeer = () => {
+  let pool: Pool
+  let buses: Awaited<ReturnType<typeof connectPool>>
+  const ready = () => Promise.all([buses.control.flush(), buses.bulk.flush()])
+  return async (order: KvOrder): Promise<KvLayout | undefined> => {
+    if (order.type === "open") {
+      buses = await connectPool(order.nats, "receiver")
+      pool = await openPool(order.path)
+      return pool.kv
+    }
+    const { transferId } = order
+    if (order.type === "receive") {
+      const receiver = new TransferReceiver({ ...buses, cluster, transferId, sink: poolSink(pool, reservation), firstBlock: 0, blocks: transferBlocks, creditBytes: limits.kvWindowBytes, hop: "bench" })
+      receiver.done.catch(() => {}) // the sender hears it
+    } else {
+      let left = order.bytes
+      const counting = buses.bulk.subscribe(transferSubject(cluster, transferId, "chunk"), ({ data }) => {
+        left -= data.byteLength
+        if (left > 0) return
+        counting.unsubscribe()
+        buses.control.publish(transferSubject(cluster, transferId, "status"), new Uint8Array(0))
+      })
+    }
+    await ready()
+    return undefined
+  }
+}

@@ -1,0 +1,4 @@
+import { receivingPeer } from "./kv-peer.ts"
+import { servePeer } from "./peer.ts"
+
+servePeer(receivingPeer())

@@ -112,6 +112,8 @@ export const limits = {
   kvChunkBytes: 512 * 1024,
   /** Bytes of chunks that a receiver lets be on their way. */
   kvWindowBytes: 8 * 1024 * 1024,
+  /** Bytes of chunks that a sender writes before others of its process have a turn. */
+  kvTurnBytes: 2 * 1024 * 1024,
   /** A sender without an answer repeats how far it is this often. */
   kvProgressIntervalMs: 100,
   /** A transfer on which nothing comes for this long has failed. */

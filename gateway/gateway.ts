@@ -23,6 +23,8 @@ export { GatewayError } from "./gateway-error.ts"
 export interface GatewayOptions {
   readonly bus: Bus
   readonly cluster: string
+  /** Who serves; listened for here where nobody does so already. */
+  readonly members?: Members
   readonly host: string
   /** 0 takes a free port. */
   readonly port: number
@@ -63,7 +65,7 @@ export const gateway = (options: GatewayOptions): Effect.Effect<{ readonly url: 
       model: options.model,
       keys: yield* Effect.try({ try: () => keysFor(options), catch: (error) => error as GatewayError }),
       admission: new Admission(bounds.requests),
-      members: yield* Members.listen(options.bus, options.cluster),
+      members: options.members ?? (yield* Members.listen(options.bus, options.cluster)),
       ready: options.ready,
       keepAliveMs: bounds.keepAliveMs,
       stallMs: bounds.stallMs,

@@ -6,7 +6,6 @@ import { readEnv } from "../config/env.ts"
 import { limits } from "../config/limits.ts"
 import { node, type NodeOptions, type RunningNode } from "../actors/node/node.ts"
 import type { WorkerError } from "../actors/node/worker.ts"
-import { Members } from "../actors/presence/members.ts"
 import { telemetry } from "../actors/runtime/telemetry.ts"
 import { gateway, type GatewayError } from "./gateway.ts"
 
@@ -29,9 +28,10 @@ const serveTraced = (options: NodeOptions): Effect.Effect<Serving, WorkerError |
     const { topology, model } = options
     const { host, port, keys } = topology.gateway
     const running = yield* node(options)
-    const members = yield* Members.listen(running.bus, topology.cluster)
+    const { members } = running
     const listening = yield* gateway({
       bus: running.bus,
+      members,
       cluster: topology.cluster,
       host,
       port,

@@ -10,6 +10,7 @@ import { MemoryBus } from "../runtime/memory-bus.ts"
 import { connectBuses } from "../runtime/nats-bus.ts"
 import { supervise } from "../runtime/supervisor.ts"
 import { inboxPrefix } from "../messages/subjects.ts"
+import { Members } from "../presence/members.ts"
 import { componentProcess } from "./component-process.ts"
 import { componentsOf, contextTokensOf, runComponent, type Component } from "./component.ts"
 import type { ResolvedModel } from "./fetch-model.ts"
@@ -26,6 +27,8 @@ export interface RunningNode {
   readonly bus: Bus
   /** Workers in this process, by name; one that is being restarted is the last one that ran. */
   readonly workers: ReadonlyMap<string, RunningWorker>
+  /** Who serves, here and in other processes. */
+  readonly members: Members
   /** Most tokens of a sequence. */
   readonly contextTokens: number
 }
@@ -37,6 +40,7 @@ export const node = (options: NodeOptions): Effect.Effect<RunningNode, WorkerErr
     const env = readEnv()
     const nats = yield* natsAddress(topology)
     const buses = yield* connect(topology, nats)
+    const members = yield* Members.listen(buses.control, topology.cluster)
     const workers = new Map<string, RunningWorker>()
     const start = (component: Component) => {
       let epoch = Date.now()
@@ -55,7 +59,8 @@ export const node = (options: NodeOptions): Effect.Effect<RunningNode, WorkerErr
       ({ scope, component }) => Scope.provide(start(component), scope),
       { concurrency: "unbounded", discard: true },
     )
-    return { bus: buses.control, workers, contextTokens: yield* contextTokensOf(options) }
+    yield* members.untilServing(componentsOf(topology).flat())
+    return { bus: buses.control, workers, members, contextTokens: yield* contextTokensOf(options) }
   })
 
 /** The server to connect to: of the topology, or one that is supervised here; undefined on the memory bus. */

@@ -45,6 +45,13 @@ export class Members {
     return () => this.#watchers.delete(watcher)
   }
 
+  /** Waits until all of these have been heard of, or for a beat: their first words may still be on their way. */
+  untilServing(wanted: ReadonlyArray<{ readonly kind: string; readonly id: string }>): Effect.Effect<void> {
+    const isServing = () => wanted.every(({ kind, id }) => this.#members.has(`${kind} ${id}`))
+    const waiting = Effect.suspend((): Effect.Effect<void> => (isServing() ? Effect.void : Effect.andThen(Effect.sleep(5), waiting)))
+    return Effect.ignore(Effect.timeout(waiting, 2 * limits.heartbeatIntervalMs))
+  }
+
   #hear(data: Uint8Array): void {
     let message: PresenceMessage
     try {

@@ -56,6 +56,7 @@ export class TransferSender {
   readonly #startedAtMs = performance.now()
   readonly #outcome = new Settlement<SentTransfer>()
   #sent = 0 // chunks written once
+  #nextTurn: NodeJS.Immediate | undefined
   #sentBytes = 0
   #takenBytes = 0
   readonly #onTheirWay: Array<{ readonly end: number; readonly chunk: Uint8Array }> = [] // `end`: bytes sent with it
@@ -117,7 +118,11 @@ export class TransferSender {
   }
 
   #flush(): void {
-    while (!this.#over && this.#sent < this.#chunks.length && this.#hasCredit() && this.#write(this.#sent)) {
+    if (this.#nextTurn !== undefined) return
+    const turnEnds = this.#sentBytes + limits.kvTurnBytes
+    while (!this.#over && this.#sent < this.#chunks.length && this.#hasCredit()) {
+      if (this.#sentBytes >= turnEnds) return this.#goOnNextTurn()
+      if (!this.#write(this.#sent)) break
       this.#sentBytes += this.#bytesOf(this.#sent++)
     }
     if (this.#over) return
@@ -128,6 +133,14 @@ export class TransferSender {
       this.#waitingSinceMs = undefined
     }
     if (this.#final && !waits) this.#tell({})
+  }
+
+  /** What else this process does comes in between, and the socket gets on meanwhile. */
+  #goOnNextTurn(): void {
+    this.#nextTurn = setImmediate(() => {
+      this.#nextTurn = undefined
+      this.#flush()
+    })
   }
 
   /** One chunk may always be on its way, however small the window. */
@@ -222,6 +235,7 @@ export class TransferSender {
   #close(): void {
     this.#over = true
     clearInterval(this.#timer)
+    clearImmediate(this.#nextTurn)
     for (const subscription of this.#subscriptions) subscription.unsubscribe()
   }
 }

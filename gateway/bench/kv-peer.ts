@@ -2,6 +2,7 @@
  * A pool of a bench: one engine with a reservation that fills it, and the two ends of a transfer over it, next to messages
  * of the same size with nothing in them.
  */
+import { randomBytes } from "node:crypto"
 import { availableParallelism } from "node:os"
 import type { NatsAddress } from "../../config/topology.ts"
 import { limits } from "../../config/limits.ts"
@@ -23,9 +24,10 @@ export const chunkBlocks = limits.stepTokens / blockTokens
 const reservation = "bench"
 
 export type KvOrder =
-  | { readonly type: "open"; readonly nats: NatsAddress; readonly path: string }
+  | { readonly type: "open"; readonly nats: NatsAddress; readonly id: string; readonly path: string | undefined }
   | { readonly type: "receive"; readonly transferId: string }
   | { readonly type: "count"; readonly transferId: string; readonly bytes: number }
+  | { readonly type: "publish"; readonly transferId: string; readonly messages: number; readonly messageBytes: number }
 
 export type Pool = { readonly engine: Engine; readonly kv: KvLayout }
 
@@ -55,19 +57,49 @@ export const poolId = reservation
 
 export const connectPool = (nats: NatsAddress, id: string) => connectBuses({ ...nats, name: `bench ${id}`, inboxPrefix: inboxPrefix(cluster, "worker", id) })
 
-/** What the receiving process does. */
-export const receivingPeer = () => {
-  let pool: Pool
+/** The server is asked how far it is this often, and this many answers may be due: enough to keep everybody busy. */
+const rawFlushBytes = 4 * 1024 * 1024
+const rawFlushes = 4
+
+/** Publishes as fast as it can; resolves with the megabytes a second, once the other end has said that it has all. */
+const publishRaw = async ({ control, bulk }: Awaited<ReturnType<typeof connectPool>>, { transferId, messages, messageBytes }: Extract<KvOrder, { readonly type: "publish" }>): Promise<number> => {
+  const message = randomBytes(messageBytes)
+  const done = new Promise<void>((resolve) => {
+    const subscription = control.subscribe(transferSubject(cluster, transferId, "status"), () => {
+      subscription.unsubscribe()
+      resolve()
+    })
+  })
+  await control.flush()
+  const subject = transferSubject(cluster, transferId, "chunk")
+  const startedAtMs = performance.now()
+  const flushes: Array<Promise<void>> = []
+  for (let sent = 1, asked = 0; sent <= messages; sent++) {
+    bulk.publish(subject, message)
+    if (sent * messageBytes - asked < rawFlushBytes) continue
+    asked = sent * messageBytes
+    flushes.push(bulk.flush())
+    if (flushes.length >= rawFlushes) await flushes.shift()
+  }
+  await done
+  return (messages * messageBytes) / 1000 / (performance.now() - startedAtMs)
+}
+
+/** What another process does; a rate is the answer to `publish`. */
+export const servingPeer = () => {
+  let pool: Pool | undefined
   let buses: Awaited<ReturnType<typeof connectPool>>
   const ready = () => Promise.all([buses.control.flush(), buses.bulk.flush()])
-  return async (order: KvOrder): Promise<KvLayout | undefined> => {
+  return async (order: KvOrder): Promise<number | undefined> => {
     if (order.type === "open") {
-      buses = await connectPool(order.nats, "receiver")
-      pool = await openPool(order.path)
-      return pool.kv
+      buses = await connectPool(order.nats, order.id)
+      if (order.path !== undefined) pool = await openPool(order.path)
+      return undefined
     }
+    if (order.type === "publish") return publishRaw(buses, order)
     const { transferId } = order
     if (order.type === "receive") {
+      if (pool === undefined) throw new Error("this process has no pool")
       const receiver = new TransferReceiver({ ...buses, cluster, transferId, sink: poolSink(pool, reservation), firstBlock: 0, blocks: transferBlocks, creditBytes: limits.kvWindowBytes, hop: "bench" })
       receiver.done.catch(() => {}) // the sender hears it
     } else {

@@ -1,4 +1,4 @@
-import { receivingPeer } from "./kv-peer.ts"
+import { servingPeer } from "./kv-peer.ts"
 import { servePeer } from "./peer.ts"
 
-servePeer(receivingPeer())
+servePeer(servingPeer())

@@ -28,6 +28,7 @@ Forward::Forward(const Model& model, const Kernels& kernels, KvPool& kv, ThreadP
       max_rows_(max_rows),
       max_logit_rows_(max_logit_rows),
       tiles_((max_context + kTileTokens - 1) / kTileTokens),
+      refines_output_(model.output().format == MatrixFormat::Q4 || model.output().format == MatrixFormat::Q8),
       scratch_(pool.threads()),
       segment_of_(max_rows) {
   const size_t query = round_up(size_t(shape_.heads) * shape_.head_dim, 16);
@@ -55,17 +56,19 @@ size_t Forward::carve(void* base) {
   Carver carver(base);
   const size_t rows = max_rows_;
   const size_t blocks = wide_ / kBlock;
+  const size_t output_rows = (refines_output_ ? 2 : 1) * size_t(max_logit_rows_);
+  const size_t input_rows = std::max(rows, output_rows);  // of a linear layer
   carver.take(x_, rows * hidden_);
-  carver.take(y_, rows * wide_);
+  carver.take(y_, input_rows * wide_);
   carver.take(z_, rows * hidden_);
   carver.take(projected_, rows * std::max(qkv_, 2 * ffn_));
   carver.take(cos_, rows * shape_.rotary);
   carver.take(sin_, rows * shape_.rotary);
-  carver.take(values_, rows * wide_);
-  carver.take(scales_, rows * blocks);
-  carver.take(offsets_, rows * blocks);
-  carver.take(sums_, rows * blocks);
-  carver.take(logits_, max_logit_rows_ * logit_stride_);
+  carver.take(values_, input_rows * wide_);
+  carver.take(scales_, input_rows * blocks);
+  carver.take(offsets_, input_rows * blocks);
+  carver.take(sums_, input_rows * blocks);
+  carver.take(logits_, output_rows * logit_stride_);
   carver.take(tile_totals_, size_t(kSplitRows) * shape_.heads * tiles_ * kv_.value_stride());
   carver.take(tile_states_, size_t(kSplitRows) * shape_.heads * tiles_ * 2);
   for (ThreadScratch& scratch : scratch_) {
@@ -126,9 +129,30 @@ void Forward::run(int thread, LayerProgress* progress) {
   }
 
   const int logit_rows = static_cast<int>(logit_rows_->size());
-  pool_.for_each(thread, logit_rows, [&](int i) { normalise(x_ + (*logit_rows_)[i] * hidden_, model_.output_norm(), i); });
+  pool_.for_each(thread, logit_rows, [&](int i) {
+    normalise(x_ + (*logit_rows_)[i] * hidden_, model_.output_norm(), i);
+    if (refines_output_) refine(i, logit_rows + i);
+  });
   const Product output[] = {{&model_.output(), logits_, logit_stride_}};
-  multiply(thread, logit_rows, output, 1, [](int) {});
+  multiply(thread, refines_output_ ? 2 * logit_rows : logit_rows, output, 1, [](int) {});
+  if (refines_output_) pool_.for_each(thread, logit_rows, [&](int i) { add_refinement(i, logit_rows + i); });
+}
+
+// What quantising row `row` has lost becomes a row of its own, so that the logits see twice the bits. The weights are read once
+// for both, which is what a single row costs.
+void Forward::refine(int row, int rest) {
+  const float* y = y_ + row * wide_;
+  const int8_t* values = values_ + row * wide_;
+  const float* scales = scales_ + row * (wide_ / kBlock);
+  float* lost = y_ + rest * wide_;
+  for (int i = 0; i < shape_.hidden; ++i) lost[i] = std::fma(-scales[i / kBlock], static_cast<float>(values[i]), y[i]);
+  quantise(rest, shape_.hidden);
+}
+
+void Forward::add_refinement(int row, int rest) {
+  float* logits = logits_ + row * logit_stride_;
+  const float* gained = logits_ + rest * logit_stride_;
+  for (size_t i = 0; i < logit_stride_; ++i) logits[i] += gained[i];
 }
 
 // Runs `body` for each task, and when all are done `row_body` for each row. Few rows are not worth a second round of threads.

@@ -72,6 +72,8 @@ class Forward {
   template <class RowBody>
   void multiply(int thread, int rows, const Product* products, int count, RowBody&& row_body);
   void add(int row);
+  void refine(int row, int rest);
+  void add_refinement(int row, int rest);
   void gate(int row);
   void store_kv(int layer, int row);
   void plan_attention(const std::vector<Segment>& segments);
@@ -89,6 +91,7 @@ class Forward {
   const int max_rows_;
   const int max_logit_rows_;
   const int tiles_;  // of the longest context
+  const bool refines_output_;  // the logits are computed from twice the bits, see refine
 
   // Strides in elements.
   size_t hidden_;      // hidden padded
@@ -102,16 +105,16 @@ class Forward {
 
   Region memory_;
   float* x_;                            // [rows, hidden] the residual stream
-  float* y_;                            // [rows, wide] input of the next linear layer
+  float* y_;                            // [input rows, wide] input of the next linear layer; rows, or twice the logit rows
   float* z_;                            // [rows, hidden] what the residual stream gains
   float* projected_;                    // [rows, qkv] or [rows, 2 * ffn]
   float* cos_;                          // [rows, rotary]
   float* sin_;                          // [rows, rotary], signed as Kernels::rotate wants it
-  int8_t* values_;                      // [rows, wide] y_ quantised, with its scales, offsets and sums
-  float* scales_;                       // [rows, wide / 32]
-  float* offsets_;                      // [rows, wide / 32]
-  int32_t* sums_;                       // [rows, wide / 32]
-  float* logits_;                       // [logit rows, logit_stride]
+  int8_t* values_;                      // [input rows, wide] y_ quantised, with its scales, offsets and sums
+  float* scales_;                       // [input rows, wide / 32]
+  float* offsets_;                      // [input rows, wide / 32]
+  int32_t* sums_;                       // [input rows, wide / 32]
+  float* logits_;                       // [logit rows, and as many refinements, logit_stride]
   float* tile_totals_;                  // [kSplitRows, heads, tiles, value_stride] what rows gathered over single tiles
   float* tile_states_;                  // [kSplitRows, heads, tiles, 2] and the max and sum that belong to it
   std::vector<ThreadScratch> scratch_;  // [threads]

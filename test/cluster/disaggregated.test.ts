@@ -61,15 +61,16 @@ describe("the disaggregated topology with a tiny model", () => {
   }, 120_000)
   afterAll(() => node.stop())
 
-  const pidOf = async (name: string) => (await actorsOf(node)).workers.find((worker) => worker.name === name)!.pid
+  const pidOf = async (name: string): Promise<number> => {
+    const find = async () => (await actorsOf(node)).workers.find((worker) => worker.name === name)
+    await until(async () => (await find()) !== undefined)
+    return (await find())!.pid
+  }
   const back = (name: string, old: number) => until(async () => (await actorsOf(node)).workers.some((worker) => worker.name === name && worker.pid !== old))
 
   it("the only decode worker killed mid-stream: the client sees the same text", async () => {
     const pid = await pidOf("d0")
-    const disturbed = streamCompletion(node, request)
-    await until(async () => (await actorsOf(node)).workers.some(({ name, load }) => name === "d0" && load.sequences > 0))
-    process.kill(pid, "SIGKILL")
-    expect(await disturbed).toEqual(undisturbed)
+    expect(await streamCompletion(node, request, () => process.kill(pid, "SIGKILL"))).toEqual(undisturbed)
     await back("d0", pid)
     await everyBlockFree(node)
   })

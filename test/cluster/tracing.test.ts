@@ -3,10 +3,17 @@ import { once } from "node:events"
 import { createServer, type RequestListener, type Server } from "node:http"
 import type { AddressInfo } from "node:net"
 import { NodeWS } from "@effect/platform-node/NodeSocket"
+import { Effect, Tracer } from "effect"
 import { afterAll, beforeAll, describe, expect, it, vi } from "vitest"
 import { limits } from "../../config/limits.ts"
 import { attributes, spans } from "../../config/telemetry.ts"
+import { StoreWriter } from "../../actors/decode/store-writer.ts"
+import type { Engine } from "../../actors/engine/engine.ts"
+import { kvStoreActor } from "../../actors/kv-store/kv-store.ts"
+import { Link } from "../../actors/runtime/link.ts"
+import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
 import { OtlpCollector, type CollectedSpan } from "../support/otlp-collector.ts"
+import { testScope, until } from "../support/scoped.ts"
 import { treeOf } from "../support/span-tree.ts"
 import { startNode, streamCompletion, type StartedNode } from "../support/start-node.ts"
 
@@ -163,4 +170,30 @@ it("with no collector nothing of OpenTelemetry is loaded, and messages carry no 
   expect(run()).toEqual({ loaded: 0, traced: 0 })
   const on = run("http://127.0.0.1:9")
   expect([on.loaded > 0, on.traced > 0]).toEqual([true, true])
+})
+
+it("blocks of several requests that are put together are one span: of the first request, linked to the others", async () => {
+  const scope = testScope()
+  const bus = new MemoryBus()
+  const link = new Link(bus, "store-writer w0", 1)
+  const made: Array<Tracer.Span> = []
+  const tracer = Tracer.make({
+    span: (options) => {
+      const span = new Tracer.NativeSpan(options)
+      made.push(span)
+      return span
+    },
+  })
+  const writer = new StoreWriter()
+  const traces = ["a", "b"].map((digit) => ({ traceId: digit.repeat(32), spanId: digit.repeat(16) }))
+  for (const [i, block] of [0, 1, 0, 1].entries()) writer.stored(`block${i}`.padStart(16, "h"), `00-${traces[block]!.traceId}-${traces[block]!.spanId}-01`)
+  const engine = { exportBlock: () => new Uint8Array(8) } as unknown as Engine
+  await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), cluster: "test", id: "k0", memoryBytes: 1_000 }))
+  await scope.start(writer.run({ link, cluster: "test", worker: { engine, formatId: "f" } }).pipe(Effect.withTracer(tracer)))
+  await until(() => made[0]?.status._tag === "Ended")
+  await scope.close()
+  const [put, ...others] = made
+  expect(others).toEqual([])
+  expect(put).toMatchObject({ name: spans.kvStorePut, traceId: traces[0]!.traceId, parent: { value: { spanId: traces[0]!.spanId } }, links: [{ span: traces[1] }] })
+  expect([put!.attributes.get(attributes.wantedBlocks), put!.attributes.get(attributes.movedBlocks)]).toEqual([4, 4])
 })

@@ -215,7 +215,14 @@ export const referenceLogits = (file: ReferenceFile, tokens: ReadonlyArray<numbe
     options.progress?.(layer)
   }
   const output = file.tensors.get("output.weight") ?? embedding
-  return multiply(output, rmsNorm(tensor("output_norm"), epsilon, x), rounded)
+  const last = rmsNorm(tensor("output_norm"), epsilon, x)
+  if (!rounded || codecs[output.type].weights === 1) return multiply(output, last, false)
+  // The engine's logits also see what rounding the last activations has lost, itself rounded.
+  const lost = last.map((row) => {
+    const kept = roundToInt8(row)
+    return row.map((value, i) => value - kept[i]!)
+  })
+  return add(multiply(output, last, true), multiply(output, lost, true))
 }
 
 /** Log-softmax of logits, in float64. */

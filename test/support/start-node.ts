@@ -50,8 +50,8 @@ export interface Answer {
   readonly finish: string | null
 }
 
-/** One streamed completion, read to its end. */
-export const streamCompletion = async (started: { readonly url: string; readonly modelName: string }, body: Readonly<Record<string, unknown>>): Promise<Answer> => {
+/** One streamed completion, read to its end; `onFirst` is called when it has begun. */
+export const streamCompletion = async (started: { readonly url: string; readonly modelName: string }, body: Readonly<Record<string, unknown>>, onFirst?: () => void): Promise<Answer> => {
   const response = await fetch(`${started.url}/v1/completions`, {
     method: "POST",
     body: JSON.stringify({ model: started.modelName, stream: true, return_token_ids: true, ...body }),
@@ -61,7 +61,15 @@ export const streamCompletion = async (started: { readonly url: string; readonly
   let text = ""
   let finish: string | null = null
   let ended = false
-  for (const event of (await response.text()).split("\n\n")) {
+  const whole = async (): Promise<string> => {
+    let read = ""
+    for await (const piece of response.body!.pipeThrough(new TextDecoderStream())) {
+      if (read === "") onFirst?.()
+      read += piece
+    }
+    return read
+  }
+  for (const event of (await whole()).split("\n\n")) {
     if (!event.startsWith("data: ")) continue
     if (event === "data: [DONE]") {
       ended = true

@@ -103,6 +103,12 @@ export const limits = {
   clientStallMs: 60_000,
   /** Blocks waiting to be put into the KV store; more are dropped, which costs a later miss only. */
   storeQueueBlocks: 4_096,
+  /** Blocks of one put. */
+  storeBatchBlocks: 16,
+  /** Transfers that a KV store has open at once; beyond them it has nothing and wants nothing. */
+  storeTransfers: 64,
+  /** A transfer with the KV store that has not ended by then is given up. */
+  storeTransferLeaseMs: 30_000,
   /** Longest wait for an answer of the KV store; after it, a miss. */
   storeDeadlineMs: 2_000,
   /**

@@ -3,6 +3,7 @@
  * computes their KV, and its stream carries the tokens drawn after the first; its end, whoever ends it, frees everything.
  */
 import { randomUUID } from "node:crypto"
+import { hostname } from "node:os"
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
 import { attributes, spans } from "../../config/telemetry.ts"
@@ -60,7 +61,7 @@ export const decodeActor = (options: DecodeActorOptions): Effect.Effect<void, ne
             } catch (error) {
               return fail(Fault.from(error, link.sender))
             }
-            writer.write(encodeReserved({ id, worker: worker.id, epoch: worker.epoch, formatId, prefixTokens, creditBytes: limits.kvWindowBytes }))
+            writer.write(encodeReserved({ id, worker: worker.id, epoch: worker.epoch, formatId, prefixTokens, creditBytes: limits.kvWindowBytes, node: hostname() }))
           },
           token: (event) => {
             drawn++

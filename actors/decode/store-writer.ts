@@ -4,15 +4,17 @@
  */
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
+import { crc32c } from "../../kernels/index.ts"
 import { attributes, spans } from "../../config/telemetry.ts"
+import type { Buses } from "../runtime/bus.ts"
+import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
 import { messageAttributes, spanOf } from "../runtime/trace-context.ts"
 import { packHashes, type BlockHash } from "../messages/hashes.ts"
 import { Have, Put } from "../messages/kv-store.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 import type { Worker } from "../engine/worker.ts"
-
-const batchBlocks = 64
+import { TransferSender } from "../transfer/transfer-sender.ts"
 
 interface Stored {
   readonly hash: BlockHash
@@ -33,29 +35,36 @@ export class StoreWriter {
   }
 
   /** Writes until the Scope closes. */
-  run(options: { readonly link: Link; readonly cluster: string; readonly worker: Pick<Worker, "engine" | "formatId"> }): Effect.Effect<void, never, Scope.Scope> {
-    const { link, cluster, worker } = options
+  run(options: { readonly link: Link; readonly cluster: string; readonly buses: Buses; readonly worker: Pick<Worker, "engine" | "formatId" | "kv"> }): Effect.Effect<void, never, Scope.Scope> {
+    const { link, buses, cluster, worker } = options
     const hop = { hop: "kv-store", deadlineMs: limits.storeDeadlineMs }
-    const { formatId } = worker
+    const { engine, formatId, kv } = worker
+    const to = subject(cluster, "kv-store", anyId, Put.verb)
     const putBatch = Effect.gen({ self: this }, function* () {
       yield* this.#nonEmpty()
-      const batch = this.#queue.splice(0, batchBlocks)
+      const batch = this.#queue.splice(0, limits.storeBatchBlocks)
       const { present } = yield* link.ask(Have, subject(cluster, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(batch.map(({ hash }) => hash)) }, hop)
       const absent = batch.filter((_, i) => present[i] !== true)
-      if (absent.length > 0) yield* put(absent).pipe(Effect.withSpan(spans.kvStorePut, spanOfBatch(absent)))
+      if (absent.length > 0) yield* put(absent.map(({ hash }) => hash)).pipe(Effect.withSpan(spans.kvStorePut, spanOfBatch(absent)))
     })
-    const to = subject(cluster, "kv-store", anyId, Put.verb)
-    const put = (absent: ReadonlyArray<Stored>) =>
+    /** The blocks are held in the pool while they are sent. */
+    const put = (hashes: ReadonlyArray<BlockHash>) =>
       Effect.gen(function* () {
-        let moved = 0
-        for (const { hash } of absent) {
-          const bytes = worker.engine.exportBlock(hash)
-          if (bytes === undefined) continue
-          yield* link.ask(Put, to, { formatId, hash: packHashes([hash]), bytes }, hop)
-          moved++
-        }
-        yield* Effect.annotateCurrentSpan(attributes.movedBlocks, moved)
-      })
+        const held = yield* Effect.acquireRelease(Effect.sync(() => engine.hold(hashes)), ({ release }) => Effect.sync(release))
+        if (held.hashes.length === 0) return // evicted before their turn
+        const { wanted, transferId, creditBytes } = yield* link.ask(Put, to, { formatId, hashes: packHashes(held.hashes), layout: kv }, hop)
+        const places = held.hashes.flatMap((_, i) => (wanted[i] === true ? [i] : []))
+        yield* Effect.annotateCurrentSpan(attributes.movedBlocks, places.length)
+        if (places.length === 0) return
+        const source = { ...kv, crc32c, write: held.writeOf(places) }
+        const sender = yield* Effect.acquireRelease(
+          Effect.sync(() => new TransferSender({ ...buses, cluster, transferId, source, creditBytes, hop: "kv-store" })),
+          (opened) => Effect.sync(() => opened.fail(new Fault({ code: "cancelled", message: `${link.sender}: is leaving`, hop: link.sender }))),
+        )
+        places.forEach((_, place) => sender.send({ firstLayer: 0, layers: kv.layers, firstBlock: place, blocks: 1 }))
+        sender.finish([])
+        yield* Effect.tryPromise({ try: () => sender.done, catch: (error) => Fault.from(error, "kv-store") })
+      }).pipe(Effect.scoped)
     /** A child of the request of its first block, linked to those of the others. */
     const spanOfBatch = (absent: ReadonlyArray<Stored>) => {
       const [parent, ...others] = [...new Set(absent.map(({ trace }) => trace))].flatMap((trace) => spanOf(trace) ?? [])

@@ -30,8 +30,16 @@ export interface EngineOptions {
 /** Stands in for the prefill sink of a generation whose prompt was computed elsewhere. */
 const adopted: PrefillSink = { scores: () => {}, token: () => {}, done: () => {}, failed: () => {} }
 
+/** Blocks that are kept in the pool for whoever sends them elsewhere. */
+export interface HeldBlocks {
+  readonly hashes: ReadonlyArray<BlockHash>
+  /** Writes chunks of these of the blocks, place 0 being the first of them, and returns the CRC-32C continued from `seed`. */
+  writeOf(places: ReadonlyArray<number>): (range: ChunkRange, into: Uint8Array, offset: number, seed: number) => number
+  release(): void
+}
+
 /** What the engine needs of kernels' Engine. */
-export type StepKernels = Pick<Kernels, "info" | "createSampler" | "freeSampler" | "step" | "exportBlock" | "importBlock" | "exportLayers" | "importLayers" | "copyBlock">
+export type StepKernels = Pick<Kernels, "info" | "createSampler" | "freeSampler" | "step" | "exportLayers" | "importLayers" | "copyBlock">
 
 export class Engine {
   readonly blocks: BlockManager
@@ -40,6 +48,7 @@ export class Engine {
   readonly #options: EngineOptions
   readonly #budget: Budget
   readonly #groups = new Map<string, Group>()
+  readonly #held = new Set<ReadonlyArray<number>>()
   readonly #queue: SequenceQueue
   #arrivals = 0
   #stepping = false
@@ -134,28 +143,36 @@ export class Engine {
     return { from, hashes: sequence.hashes.slice(from, full) }
   }
 
-  /**
-   * Writes the next block of a reservation that has not begun, in the wire layout. False when it is not wanted any more.
-   */
-  importBlock(id: string, place: number, bytes: Uint8Array): boolean {
+  /** Takes blocks whose KV has been imported as the next of a reservation's prefix. False when it is not wanted any more. */
+  acceptPrefix(id: string, from: number, blocks: number): boolean {
     const group = this.#groups.get(id)
     const sequence = group?.sequences[0]
     if (group === undefined || sequence === undefined || group.cancelled || group.prefill !== undefined || !sequence.running) return false
-    if (sequence.computed !== place * this.blockTokens || (place + 1) * this.blockTokens >= sequence.length) return false
-    this.#kernels.importBlock(sequence.table[place]!, bytes)
-    sequence.computed += this.blockTokens
-    group.cachedTokens += this.blockTokens
-    this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!, sequence.group.spec.trace)
+    if (sequence.computed !== from * this.blockTokens || (from + blocks) * this.blockTokens >= sequence.length) return false
+    sequence.computed += blocks * this.blockTokens
+    group.cachedTokens += blocks * this.blockTokens
+    for (let place = from; place < from + blocks; place++) this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!, group.spec.trace)
     return true
   }
 
-  /** A copy of the block with this content in the wire layout; undefined when it is not here any more. */
-  exportBlock(hash: BlockHash): Uint8Array | undefined {
-    const block = this.blocks.find(hash) // without a reference, which would make a cached block a recently used one
-    if (block === undefined) return undefined
-    const bytes = new Uint8Array(this.#kernels.info.blockBytes)
-    this.#kernels.exportBlock(block, bytes)
-    return bytes
+  /** Holds those of the blocks with these contents that are here, so that they can be written out until their release. */
+  hold(hashes: ReadonlyArray<BlockHash>): HeldBlocks {
+    const found = hashes.flatMap((hash) => {
+      const block = this.blocks.acquire(hash)
+      return block === undefined ? [] : [{ hash, block }]
+    })
+    const table = found.map(({ block }) => block)
+    this.#held.add(table)
+    return {
+      hashes: found.map(({ hash }) => hash),
+      writeOf: (places) => (range, into, offset, seed) => {
+        const blocks = places.slice(range.firstBlock, range.firstBlock + range.blocks).map((place) => table[place]!)
+        return this.#kernels.exportLayers(Int32Array.from(blocks), range.firstLayer, range.layers, into, offset, seed)
+      },
+      release: () => {
+        if (this.#held.delete(table)) this.blocks.release(table)
+      },
+    }
   }
 
   /** Leading blocks of a generation whose KV is in the pool. */
@@ -260,7 +277,7 @@ export class Engine {
 
   /** Throws when a block is lost or counted wrong. For tests, and when idle. */
   checkInvariants(): void {
-    this.blocks.check([...this.#groups.values()].flatMap(({ sequences }) => sequences.map(({ table }) => table)))
+    this.blocks.check([...[...this.#groups.values()].flatMap(({ sequences }) => sequences.map(({ table }) => table)), ...this.#held])
   }
 
   #notify(): void {
@@ -291,24 +308,26 @@ export class Engine {
 
   async #step(chunks: ReadonlyArray<Chunk>): Promise<void> {
     const { batch, outputs } = composeBatch(chunks, (sequence, choice) => this.#samplerOf(sequence, choice))
+    const completed = this.#completedBy(chunks)
+    const layered = completed.filter(({ sink }) => sink.layer !== undefined)
     this.#stepping = true
-    const result = await this.#kernels.step(batch, this.#layerEvents(chunks))
+    const result = await this.#kernels.step(batch, layered.length === 0 ? undefined : (layer) => layered.forEach(({ sink, from, blocks }) => sink.layer?.(layer, from, blocks)))
     this.#stepping = false
     this.#apply(chunks, outputs, result)
+    for (const { sink, from, blocks } of completed) sink.stepped?.(from, blocks)
   }
 
-  /** Tells prefill sinks of each layer of the blocks that this step completes. */
-  #layerEvents(chunks: ReadonlyArray<Chunk>): ((layer: number) => void) | undefined {
-    const reports = chunks.flatMap(({ sequence, tokens }) => {
+  /** The blocks that this step completes, and the prefill sinks that hear of them. */
+  #completedBy(chunks: ReadonlyArray<Chunk>): Array<{ readonly sink: PrefillSink; readonly from: number; readonly blocks: number }> {
+    return chunks.flatMap(({ sequence, tokens }) => {
       const { group } = sequence
-      if (group.prefill?.layer === undefined || group.prefillDone) return []
+      if (group.prefill === undefined || group.prefillDone) return []
       const end = sequence.computed + tokens
       const complete = end === sequence.length ? Math.ceil(end / this.blockTokens) : Math.floor(end / this.blockTokens)
       const from = group.reportedBlocks
       group.reportedBlocks = complete
       return complete > from ? [{ sink: group.prefill, from, blocks: complete - from }] : []
     })
-    return reports.length === 0 ? undefined : (layer) => reports.forEach(({ sink, from, blocks }) => sink.layer?.(layer, from, blocks))
   }
 
   /** At a step's boundary: what was cancelled or stopped while it ran. */

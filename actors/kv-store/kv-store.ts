@@ -1,55 +1,104 @@
 /**
  * The KV-store actor: keeps blocks by format and hash, so that a prefix that has left every pool is fetched, not computed.
+ * Blocks come and go by transfer; what has come only in part is never seen.
  */
+import { randomUUID } from "node:crypto"
 import { Effect, type Scope } from "effect"
+import { limits } from "../../config/limits.ts"
 import { attributes, spans } from "../../config/telemetry.ts"
-import { actor, onAsk, onStream } from "../runtime/actor.ts"
+import { actor, onAsk } from "../runtime/actor.ts"
+import type { Buses } from "../runtime/bus.ts"
+import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
-import type { StreamWriter } from "../runtime/stream.ts"
 import { messageAttributes } from "../runtime/trace-context.ts"
 import { unpackHashes } from "../messages/hashes.ts"
 import { Get, Have, Put, type BlocksMessage } from "../messages/kv-store.ts"
 import { anyId, subject } from "../messages/subjects.ts"
+import type { KvLayout } from "../engine/worker.ts"
+import { TransferReceiver } from "../transfer/transfer-receiver.ts"
+import { TransferSender } from "../transfer/transfer-sender.ts"
 import { BlockCache } from "./block-cache.ts"
+import { bufferSink, bufferSource } from "./block-buffers.ts"
 
 export interface KvStoreOptions {
   readonly link: Link
+  readonly buses: Buses
   readonly cluster: string
   readonly id: string
   readonly memoryBytes: number
 }
 
+type GetMessage = BlocksMessage & { readonly layout: KvLayout; readonly transferId: string; readonly firstBlock: number; readonly creditBytes: number }
+type PutMessage = BlocksMessage & { readonly layout: KvLayout }
+
 /** Runs a KV store until the Scope closes. */
-export const kvStoreActor = ({ link, cluster, id, memoryBytes }: KvStoreOptions): Effect.Effect<void, never, Scope.Scope> => {
-  const cache = new BlockCache(memoryBytes)
-  const places = (verb: string) => [
-    { subject: subject(cluster, "kv-store", id, verb) },
-    { subject: subject(cluster, "kv-store", anyId, verb), queue: "kv-store" },
-  ]
-  const keys = ({ formatId, hashes }: BlocksMessage) => unpackHashes(hashes).map((hash) => `${formatId}/${hash}`)
+export const kvStoreActor = ({ link, buses, cluster, id, memoryBytes }: KvStoreOptions): Effect.Effect<void, never, Scope.Scope> =>
+  Effect.gen(function* () {
+    const cache = new BlockCache(memoryBytes)
+    const open = new Set<{ readonly fail: (fault: Fault) => void }>() // transfers, both ways
+    const places = (verb: string) => [
+      { subject: subject(cluster, "kv-store", id, verb) },
+      { subject: subject(cluster, "kv-store", anyId, verb), queue: "kv-store" },
+    ]
+    const keys = ({ formatId, hashes }: BlocksMessage) => unpackHashes(hashes).map((hash) => `${formatId}/${hash}`)
+    const leaving = new Fault({ code: "shutting_down", message: `${link.sender}: is leaving`, hop: link.sender })
+    yield* Effect.addFinalizer(() => Effect.sync(() => open.forEach((transfer) => transfer.fail(leaving))))
 
-  const get = (message: BlocksMessage, writer: StreamWriter) =>
-    Effect.promise(async () => {
-      let moved = 0
-      for (const key of keys(message)) {
-        const bytes = cache.get(key)
-        if (bytes === undefined || writer.closed) break
-        if (!writer.writable) await writer.untilWritable()
-        writer.write(bytes)
-        moved++
+    const track = (transfer: TransferReceiver | TransferSender): void => {
+      open.add(transfer)
+      // The other side may never say a word.
+      const lapse = setTimeout(() => transfer.fail(new Fault({ code: "deadline_exceeded", message: `${link.sender}: the transfer was not used`, hop: link.sender })), limits.storeTransferLeaseMs)
+      const ended = () => {
+        clearTimeout(lapse)
+        open.delete(transfer)
       }
-      return moved
-    }).pipe(
-      Effect.flatMap((moved) => Effect.annotateCurrentSpan(attributes.movedBlocks, moved)),
-      Effect.withSpan(spans.kvStoreGet, { kind: "server", attributes: messageAttributes(link, subject(cluster, "kv-store", anyId, Get.verb)) }),
-    )
+      transfer.done.then(ended, ended)
+    }
 
-  return actor(link, [
-    onAsk(Have, places(Have.verb), (message) => Effect.sync(() => ({ present: keys(message).map((key) => cache.has(key)) }))),
-    onStream(Get, places(Get.verb), get),
-    onAsk(Put, places(Put.verb), ({ formatId, hash, bytes }) =>
-      // The message's bytes are a copy of its own, so they may be kept.
-      Effect.sync(() => ({ stored: cache.put(keys({ formatId, hashes: hash })[0] ?? formatId, bytes) })),
-    ),
-  ])
-}
+    const get = (message: GetMessage) =>
+      Effect.sync(() => {
+        const { layout, transferId, firstBlock, creditBytes } = message
+        const blockBytes = layout.layers * layout.layerBlockBytes
+        const blocks = keys(message).flatMap((key) => cache.get(key) ?? [])
+        const whole = blocks.length > 0 && blocks.length === unpackHashes(message.hashes).length && blocks.every((block) => block.byteLength === blockBytes)
+        if (!whole || open.size >= limits.storeTransfers) return { sent: false }
+        const sender = new TransferSender({ ...buses, cluster, transferId, source: bufferSource(layout, blocks, firstBlock), creditBytes, hop: "prefill" })
+        track(sender)
+        blocks.forEach((_, i) => sender.send({ firstLayer: 0, layers: layout.layers, firstBlock: firstBlock + i, blocks: 1 }))
+        sender.finish([])
+        return { sent: true }
+      }).pipe(
+        Effect.tap(({ sent }) => Effect.annotateCurrentSpan(attributes.movedBlocks, sent ? unpackHashes(message.hashes).length : 0)),
+        Effect.withSpan(spans.kvStoreGet, { kind: "server", attributes: messageAttributes(link, subject(cluster, "kv-store", anyId, Get.verb)) }),
+      )
+
+    const put = (message: PutMessage) =>
+      Effect.sync(() => {
+        const { layout } = message
+        const named = keys(message)
+        const blockBytes = layout.layers * layout.layerBlockBytes
+        const room = open.size < limits.storeTransfers && named.length <= limits.storeBatchBlocks && blockBytes > 0 && blockBytes <= memoryBytes
+        const wanted = named.map((key) => room && cache.get(key) === undefined)
+        const keep = named.filter((_, i) => wanted[i])
+        const transferId = randomUUID().replaceAll("-", "")
+        if (keep.length > 0) {
+          const blocks = keep.map(() => new Uint8Array(blockBytes))
+          const receiver = new TransferReceiver({ ...buses, cluster, transferId, sink: bufferSink(layout, blocks), firstBlock: 0, blocks: keep.length, creditBytes: limits.kvWindowBytes, hop: "a worker" })
+          track(receiver)
+          receiver.done.then(
+            () => keep.forEach((key, i) => cache.put(key, blocks[i]!)),
+            () => {}, // the blocks stay unknown, which costs a later miss
+          )
+        }
+        return { wanted, transferId, creditBytes: limits.kvWindowBytes }
+      }).pipe(
+        Effect.tap(({ wanted }) => Effect.annotateCurrentSpan(attributes.movedBlocks, wanted.filter(Boolean).length)),
+        Effect.withSpan(spans.kvStorePut, { kind: "server", attributes: messageAttributes(link, subject(cluster, "kv-store", anyId, Put.verb)) }),
+      )
+
+    yield* actor(link, [
+      onAsk(Have, places(Have.verb), (message) => Effect.sync(() => ({ present: keys(message).map((key) => cache.has(key)) }))),
+      onAsk(Get, places(Get.verb), get),
+      onAsk(Put, places(Put.verb), put),
+    ])
+  })

@@ -57,6 +57,8 @@ export const Transfer = Schema.Struct({
   prefixTokens: count,
   /** Bytes of chunks that decode lets be on their way. */
   creditBytes: count,
+  /** Name of the receiving machine. */
+  node: Schema.optional(Schema.String),
 })
 export type Transfer = typeof Transfer.Type
 

@@ -59,7 +59,7 @@ export const runComponent = (component: Component, epoch: number, context: Compo
     const link = new Link(buses.control, `${kind} ${id}`, epoch)
     if (kind === "worker") return yield* runWorker(id, epoch, context, ready)
     if (kind === "kv-store") {
-      yield* kvStoreActor({ link, cluster, id, memoryBytes: topology.kvStore.memory })
+      yield* kvStoreActor({ link, buses, cluster, id, memoryBytes: topology.kvStore.memory })
     } else if (kind === "scheduler") {
       const { policy, queue } = topology.scheduler
       if (!isPolicyName(policy)) return yield* Effect.fail(new WorkerError(`scheduler.policy: ${policy} is not available`))

@@ -80,7 +80,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
     // Roles say where the scheduler places. A worker that only decodes still computes a prompt whose prefill has failed.
     yield* prefillActor({ link: link("prefill"), buses, cluster, worker: made, nextEventId: () => events.nextEventId })
     if (roles.includes("decode")) yield* decodeActor({ link: link("decode"), buses, cluster, worker: made })
-    yield* storeWriter.run({ link: link("store-writer"), cluster, worker: made })
+    yield* storeWriter.run({ link: link("store-writer"), buses, cluster, worker: made })
     yield* events.run({ link: link("worker"), cluster, worker: id, epoch })
 
     const scheduler = (verb: string) => subject(cluster, "scheduler", anyId, verb)

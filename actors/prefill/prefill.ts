@@ -3,6 +3,7 @@
  * is known anywhere first, computes the rest, and sends the first token of each choice itself. Where decode is another
  * worker, the KV of each layer leaves as soon as it is computed.
  */
+import { hostname } from "node:os"
 import { Effect, type Scope } from "effect"
 import { attributes, spans } from "../../config/telemetry.ts"
 import { actor, onAsk, onStream } from "../runtime/actor.ts"
@@ -66,7 +67,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
         totals.fallbacks++ // another worker was to compute it, and has failed
         receiving.stop()
       }
-      yield* fetchPrefix({ link, cluster, worker, transferId: transfer.id })
+      yield* fetchPrefix({ link, buses, cluster, worker, id: transfer.id })
       yield* compute(transfer.id, writer, counts, {})
     })
 
@@ -85,7 +86,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
       if (transfer.formatId !== worker.formatId) return yield* Effect.fail(fault("invalid_request", `holds KV of format ${worker.formatId}, ${transfer.worker} wants ${transfer.formatId}`))
       const { id } = transfer
       yield* Effect.acquireRelease(reserve(id, sequence, trace), () => Effect.sync(() => engine.cancel(id)))
-      yield* fetchPrefix({ link, cluster, worker, transferId: id })
+      yield* fetchPrefix({ link, buses, cluster, worker, id })
       yield* transferred(transfer, (sender) => {
         const { layers, blockTokens } = worker.kv
         const held = transfer.prefixTokens / blockTokens // by decode, which needs only what follows
@@ -95,8 +96,11 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
         }
         const first: Array<Uint8Array> = []
         send(0, layers, 0, engine.computedBlocks(id))
+        // To decode on this machine a layer that leaves at once takes its time from the layers after it, on the same cores.
+        const leaves: Pick<PrefillSink, "layer" | "stepped"> =
+          transfer.node === hostname() ? { stepped: (from, blocks) => send(0, layers, from, blocks) } : { layer: (layer, from, blocks) => send(layer, 1, from, blocks) }
         const computed = compute(id, writer, counts, {
-          layer: (layer, from, blocks) => send(layer, 1, from, blocks),
+          ...leaves,
           token: (event) => void first.push(encodeToken(event)),
         })
         return Effect.andThen(
@@ -163,11 +167,12 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
     totals.ms += ms
   }
 
-  const compute = (id: string, writer: StreamWriter, counts: Counts, also: Pick<PrefillSink, "layer"> & Partial<Pick<PrefillSink, "token">>): Effect.Effect<void, Fault> =>
+  const compute = (id: string, writer: StreamWriter, counts: Counts, also: Pick<PrefillSink, "layer" | "stepped"> & Partial<Pick<PrefillSink, "token">>): Effect.Effect<void, Fault> =>
     Effect.callback<void, Fault>((resume) => {
       try {
         engine.prefill(id, {
           layer: also.layer,
+          stepped: also.stepped,
           scores: (scores) => writer.write(encodePrefillFrame({ type: "scores", scores })),
           token: (event) => {
             also.token?.(event)

@@ -74,7 +74,7 @@ export const firstTokens = (model: ResolvedModel): Effect.Effect<{ readonly ttft
   Effect.gen(function* () {
     const start = (preset: string) => {
       const { topology } = loadTopology(fileURLToPath(new URL(`../../config/topologies/${preset}.yaml`, import.meta.url)), { host: "127.0.0.1", port: 0 })
-      const workers = topology.workers.map((worker) => ({ ...worker, threads: preset === "single" ? 2 : 2, kv: { ...worker.kv, blocks } }))
+      const workers = topology.workers.map((worker) => ({ ...worker, kv: { ...worker.kv, blocks } }))
       return Effect.map(serve({ topology: { ...topology, workers }, model }), ({ url }) => (tokens: number) => ask(url, model.name, tokens))
     }
     const single = yield* start("single")

@@ -1,10 +1,12 @@
 /** The KV store: what it keeps, what it forgets, and that a prefix found there gives the tokens that computing it gives. */
+import { randomUUID } from "node:crypto"
 import { Effect } from "effect"
 import fc from "fast-check"
 import { afterEach, beforeEach, describe, expect, it } from "vitest"
 import { limits } from "../../config/limits.ts"
 import { chainHashes, hashRoot } from "../../actors/engine/block-hash.ts"
 import { Engine } from "../../actors/engine/engine.ts"
+import { bufferSink, bufferSource } from "../../actors/kv-store/block-buffers.ts"
 import { BlockCache } from "../../actors/kv-store/block-cache.ts"
 import { kvStoreActor } from "../../actors/kv-store/kv-store.ts"
 import { packHashes } from "../../actors/messages/hashes.ts"
@@ -12,6 +14,10 @@ import { Get, Have, Put } from "../../actors/messages/kv-store.ts"
 import { anyId, subject } from "../../actors/messages/subjects.ts"
 import { fetchPrefix } from "../../actors/prefill/fetch-prefix.ts"
 import { StoreWriter } from "../../actors/decode/store-writer.ts"
+import type { MessageType } from "../../actors/runtime/codec.ts"
+import { Fault } from "../../actors/runtime/fault.ts"
+import { TransferReceiver } from "../../actors/transfer/transfer-receiver.ts"
+import { TransferSender } from "../../actors/transfer/transfer-sender.ts"
 import { Link } from "../../actors/runtime/link.ts"
 import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
 import { Cluster } from "../support/cluster.ts"
@@ -20,6 +26,8 @@ import { Generation, specOf } from "../support/generation.ts"
 import { testScope, until, type TestScope } from "../support/scoped.ts"
 
 const upTo = (count: number): Array<number> => Array.from({ length: count }, (_, i) => i)
+/** The layout of FakeKernels' blocks of 4 tokens. */
+const kv = { dtype: "f16", blockTokens: 4, layers: 1, layerBlockBytes: 16 } as const
 const hash = (n: number): string => String(n).padStart(16, "h")
 
 describe("a block cache", () => {
@@ -69,7 +77,7 @@ describe("a KV store", () => {
     bus = new MemoryBus()
     scope = testScope()
     link = new Link(bus, "test", 1)
-    await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), cluster: "test", id: "k0", memoryBytes: 1000 }))
+    await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), buses: { control: bus, bulk: bus }, cluster: "test", id: "k0", memoryBytes: 1000 }))
   })
   afterEach(async () => {
     await scope.close()
@@ -78,57 +86,78 @@ describe("a KV store", () => {
 
   const to = (verb: string) => subject("test", "kv-store", anyId, verb)
   const hop = { hop: "kv-store" }
-  const put = (n: number, bytes: Uint8Array, formatId = "f") => Effect.runPromise(link.ask(Put, to(Put.verb), { formatId, hash: packHashes([hash(n)]), bytes }, hop))
-  const have = async (numbers: ReadonlyArray<number>, formatId = "f") => (await Effect.runPromise(link.ask(Have, to(Have.verb), { formatId, hashes: packHashes(numbers.map(hash)) }, hop))).present
-  const open = (numbers: ReadonlyArray<number>, formatId = "f", windowFrames = 4) => Effect.runPromise(link.open(Get, to(Get.verb), { formatId, hashes: packHashes(numbers.map(hash)) }, { ...hop, windowFrames }))
-  const get = async (numbers: ReadonlyArray<number>, formatId?: string) => {
-    const got: Array<number> = []
-    for await (const block of await open(numbers, formatId)) got.push(block[0]!)
-    return got
+  const layoutOf = (size: number) => ({ dtype: "f16", blockTokens: 4, layers: 1, layerBlockBytes: size }) as const
+  const ends = { get control() { return bus }, get bulk() { return bus }, cluster: "test", creditBytes: 1 << 20, hop: "kv-store" }
+  const ask = <A, R>(type: MessageType<A, R, "ask">, message: A) => Effect.runPromise(link.ask(type, to(type.verb), message, hop))
+  const have = async (numbers: ReadonlyArray<number>, formatId = "f") => (await ask(Have, { formatId, hashes: packHashes(numbers.map(hash)) })).present
+  /** Puts blocks of one size, `only` so many of those that are wanted. */
+  const putAll = async (entries: ReadonlyArray<readonly [n: number, bytes: Uint8Array]>, formatId = "f", only = entries.length) => {
+    const layout = layoutOf(entries[0]![1].byteLength)
+    const { wanted, transferId } = await ask(Put, { formatId, hashes: packHashes(entries.map(([n]) => hash(n))), layout })
+    const blocks = entries.flatMap(([, bytes], i) => (wanted[i] === true ? [bytes] : []))
+    if (blocks.length === 0) return { wanted }
+    const sender = new TransferSender({ ...ends, transferId, source: bufferSource(layout, blocks, 0) })
+    blocks.slice(0, only).forEach((_, place) => sender.send({ firstLayer: 0, layers: 1, firstBlock: place, blocks: 1 }))
+    if (only < blocks.length) return { wanted, sender }
+    sender.finish([])
+    await sender.done
+    return { wanted }
+  }
+  const put = async (n: number, bytes: Uint8Array, formatId = "f") => (await putAll([[n, bytes]], formatId)).wanted[0]
+  /** The first byte of each block, or undefined where they are not sent. */
+  const get = async (numbers: ReadonlyArray<number>, formatId = "f", size = 10) => {
+    const blocks = numbers.map(() => new Uint8Array(size))
+    const transferId = randomUUID().replaceAll("-", "")
+    const receiver = new TransferReceiver({ ...ends, transferId, sink: bufferSink(layoutOf(size), blocks), firstBlock: 0, blocks: numbers.length })
+    const { sent } = await ask(Get, { formatId, hashes: packHashes(numbers.map(hash)), layout: layoutOf(size), transferId, firstBlock: 0, creditBytes: 1 << 20 })
+    if (sent) await receiver.done
+    receiver.close()
+    return sent ? blocks.map((block) => block[0]!) : undefined
   }
   const block = (n: number, size = 10) => new Uint8Array(size).fill(n)
 
-  it("says what it has, and gives the leading blocks that are there, in order", async () => {
-    for (const n of [1, 2, 3, 5]) expect(await put(n, block(n))).toEqual({ stored: true })
+  it("says what it has, and sends blocks that are all there, in order", async () => {
+    for (const n of [1, 2, 3, 5]) expect(await put(n, block(n))).toBe(true)
     expect(await have([1, 2, 3, 4, 5])).toEqual([true, true, true, false, true])
-    expect(await get([1, 2, 3, 4, 5])).toEqual([1, 2, 3])
-    expect(await get([4, 5])).toEqual([])
-    expect(await get([])).toEqual([])
+    expect(await get([1, 2, 3])).toEqual([1, 2, 3])
+    expect(await get([3, 4, 5])).toBeUndefined()
+    expect(await get([])).toBeUndefined()
+    expect(await get([1], "f", 12)).toBeUndefined() // of another size than the asker's
   })
 
   it("keeps formats apart", async () => {
     await put(1, block(1), "a")
     await put(1, block(2), "b")
-    expect([await get([1], "a"), await get([1], "b"), await get([1], "c")]).toEqual([[1], [2], []])
+    expect([await get([1], "a"), await get([1], "b"), await get([1], "c")]).toEqual([[1], [2], undefined])
   })
 
   it("forgets the blocks that were used least recently beyond its bytes", async () => {
     for (const n of upTo(10)) await put(n, block(n, 100))
-    await get([0])
-    await put(0, block(99, 100)) // here already: only touched
+    await get([0], "f", 100)
+    expect(await put(0, block(99, 100))).toBe(false) // here already: only touched
     await put(10, block(10, 100))
     await put(11, block(11, 200))
     expect(await have(upTo(12))).toEqual([true, false, false, false, ...upTo(8).map(() => true)])
-    expect(await get([0])).toEqual([0])
-    expect(await put(12, block(12, 1001))).toEqual({ stored: false })
+    expect(await get([0], "f", 100)).toEqual([0])
+    expect(await put(12, block(12, 1001))).toBe(false)
   })
 
-  it("keeps its own copy of what it is given", async () => {
-    const bytes = block(1)
-    await put(1, bytes)
-    bytes.fill(9)
-    expect(await get([1])).toEqual([1])
+  it("shows nothing of a put that has come only in part, and forgets it when its sender gives up", async () => {
+    const { sender } = await putAll([[1, block(1)], [2, block(2)]], "f", 1)
+    await new Promise((resolve) => setImmediate(resolve))
+    expect(await have([1, 2])).toEqual([false, false])
+    sender!.fail(new Fault({ code: "cancelled", message: "gone", hop: "test" }))
+    expect(await have([1, 2])).toEqual([false, false])
+    expect((await putAll([[1, block(1)], [2, block(2)]])).wanted).toEqual([true, true])
+    expect(await get([1, 2])).toEqual([1, 2])
   })
 
-  it("serves others when a client stops reading, and one that never reads", async () => {
-    for (const n of upTo(40)) await put(n, block(n))
-    const stopped = await open(upTo(40), "f", 2)
-    await stopped.next()
-    const idle = await open(upTo(40), "f", 2)
-    stopped.cancel("enough")
-    expect(await get(upTo(40))).toEqual(upTo(40))
-    for (const n of upTo(40)) expect((await idle.next())![0]).toBe(n)
-    expect(await idle.next()).toBeUndefined()
+  it("wants nothing more while as many transfers are open as it may have, and goes on when they end", async () => {
+    const open = await Promise.all(upTo(limits.storeTransfers).map((n) => putAll([[n, block(n)], [1000 + n, block(n)]], "f", 1)))
+    expect(await put(5000, block(1))).toBe(false)
+    for (const { sender } of open) sender!.fail(new Fault({ code: "cancelled", message: "gone", hop: "test" }))
+    await new Promise((resolve) => setImmediate(resolve))
+    expect(await put(5000, block(1))).toBe(true)
   })
 
   describe("for a worker's engine", () => {
@@ -137,7 +166,7 @@ describe("a KV store", () => {
     const computed = async () => {
       const writer = new StoreWriter()
       const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker donor", maxBatch: 4, events: { stored: (stored) => writer.stored(stored), removed: () => {} } })
-      await scope.start(writer.run({ link, cluster: "test", worker: { engine, formatId } }))
+      await scope.start(writer.run({ link, buses: ends, cluster: "test", worker: { engine, formatId, kv } }))
       const { tokens } = await new Generation(engine, spec).run()
       return { engine, tokens }
     }
@@ -145,7 +174,7 @@ describe("a KV store", () => {
       const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
       const generation = new Generation(engine, spec)
       await generation.reserved
-      const fetched = await Effect.runPromise(fetchPrefix({ link, cluster: more.cluster ?? "test", worker: { engine, formatId: more.formatId ?? formatId }, transferId: "a" }))
+      const fetched = await Effect.runPromise(fetchPrefix({ link, buses: ends, cluster: more.cluster ?? "test", worker: { engine, formatId: more.formatId ?? formatId, kv }, id: "a" }))
       await generation.run()
       engine.checkInvariants()
       return { fetched, generation, engine }
@@ -161,7 +190,7 @@ describe("a KV store", () => {
       expect(generation.tokens).toEqual(tokens)
     })
 
-    it("is missed, and nothing worse, where it is not there, has another format, or gives what is no block", async () => {
+    it("is missed, and nothing worse, where it is not there or has another format", async () => {
       const { tokens } = await computed()
       while (!(await isStored()));
       for (const more of [{ cluster: "another" }, { formatId: "another" }]) {
@@ -169,10 +198,6 @@ describe("a KV store", () => {
         expect([fetched, generation.cachedTokens]).toEqual([0, 0])
         expect(generation.tokens).toEqual(tokens)
       }
-      for (const one of stored(3)) await Effect.runPromise(link.ask(Put, to(Put.verb), { formatId: "strange", hash: packHashes([one]), bytes: block(1, 5) }, hop))
-      const { generation } = await fetchInto({ formatId: "strange" })
-      expect(generation.cachedTokens).toBe(0)
-      expect(generation.tokens).toEqual(tokens)
     })
 
     it("is left alone from the moment that the generation is given up", async () => {
@@ -182,7 +207,7 @@ describe("a KV store", () => {
       const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
       const generation = new Generation(engine, spec)
       await generation.reserved
-      const fetching = Effect.runPromise(fetchPrefix({ link, cluster: "test", worker: { engine, formatId }, transferId: "a" }))
+      const fetching = Effect.runPromise(fetchPrefix({ link, buses: ends, cluster: "test", worker: { engine, formatId, kv }, id: "a" }))
       engine.cancel("a")
       expect(await fetching).toBe(0)
       engine.checkInvariants()
@@ -235,11 +260,11 @@ describe("a conversation whose blocks have left the pool", () => {
 it("a store that does not answer costs a deadline and not the answer", async () => {
   const bus = new MemoryBus()
   const link = new Link(bus, "test", 1)
-  const silent = new Promise<void>((resolve) => bus.subscribe(subject("test", "kv-store", anyId, Get.verb), () => resolve()))
+  const silent = new Promise<void>((resolve) => bus.subscribe(subject("test", "kv-store", anyId, Have.verb), () => resolve()))
   const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
   const generation = new Generation(engine, specOf("a", upTo(20), { maxTokens: 2 }))
   await generation.reserved
-  const fetching = Effect.runPromise(fetchPrefix({ link, cluster: "test", worker: { engine, formatId: "f" }, transferId: "a" }))
+  const fetching = Effect.runPromise(fetchPrefix({ link, buses: { control: bus, bulk: bus }, cluster: "test", worker: { engine, formatId: "f", kv }, id: "a" }))
   await silent
   expect(await fetching).toBe(0)
   await generation.run()

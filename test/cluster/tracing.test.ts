@@ -7,6 +7,7 @@ import { Effect, Tracer } from "effect"
 import { afterAll, beforeAll, describe, expect, it, vi } from "vitest"
 import { limits } from "../../config/limits.ts"
 import { attributes, spans } from "../../config/telemetry.ts"
+import { crc32c } from "../../kernels/index.ts"
 import { StoreWriter } from "../../actors/decode/store-writer.ts"
 import type { Engine } from "../../actors/engine/engine.ts"
 import { kvStoreActor } from "../../actors/kv-store/kv-store.ts"
@@ -47,9 +48,9 @@ describe("with a collector", () => {
       "  request.generate @ penstock",
       "    decode.run @ penstock",
       "    kv_store.put @ penstock",
+      "      kv_store.put @ penstock",
       "    prefill.run @ penstock",
       "      kv_store.get @ penstock",
-      "        kv_store.get @ penstock",
       "    scheduler.place @ penstock",
     ])
     expect(found.some(({ failed }) => failed)).toBe(false)
@@ -187,9 +188,11 @@ it("blocks of several requests that are put together are one span: of the first 
   const writer = new StoreWriter()
   const traces = ["a", "b"].map((digit) => ({ traceId: digit.repeat(32), spanId: digit.repeat(16) }))
   for (const [i, block] of [0, 1, 0, 1].entries()) writer.stored(`block${i}`.padStart(16, "h"), `00-${traces[block]!.traceId}-${traces[block]!.spanId}-01`)
-  const engine = { exportBlock: () => new Uint8Array(8) } as unknown as Engine
-  await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), cluster: "test", id: "k0", memoryBytes: 1_000 }))
-  await scope.start(writer.run({ link, cluster: "test", worker: { engine, formatId: "f" } }).pipe(Effect.withTracer(tracer)))
+  const engine = { hold: (hashes: ReadonlyArray<string>) => ({ hashes, writeOf: () => (_: unknown, into: Uint8Array, offset: number, seed: number) => crc32c(into.subarray(offset), seed), release: () => {} }) } as unknown as Engine
+  const kv = { dtype: "f16", blockTokens: 4, layers: 1, layerBlockBytes: 8 } as const
+  const buses = { control: bus, bulk: bus }
+  await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), buses, cluster: "test", id: "k0", memoryBytes: 1_000 }))
+  await scope.start(writer.run({ link, buses, cluster: "test", worker: { engine, formatId: "f", kv } }).pipe(Effect.withTracer(tracer)))
   await until(() => made[0]?.status._tag === "Ended")
   await scope.close()
   const [put, ...others] = made

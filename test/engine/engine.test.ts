@@ -7,7 +7,7 @@ import { Engine } from "../../actors/engine/engine.ts"
 import type { GenerationSpec } from "../../actors/engine/sequence.ts"
 import type { BlockHash } from "../../actors/messages/hashes.ts"
 import { Fault } from "../../actors/runtime/fault.ts"
-import { Engine as Kernels } from "../../kernels/index.ts"
+import { crc32c, Engine as Kernels } from "../../kernels/index.ts"
 import { FakeKernels, fakeLogprob, fakeStopToken, fakeToken } from "../support/fake-kernels.ts"
 import { Generation, specOf, turn } from "../support/generation.ts"
 import { randomNumbers, writeTinyModel } from "../support/tiny-model.ts"
@@ -141,16 +141,26 @@ describe("an engine over fake kernels", () => {
     await waiting.reserved
     const { hashes } = donor.engine.missingBlocks("a")
     await waiting.run()
-    const blocks = hashes.map((hash) => donor.engine.exportBlock(hash)!)
+    const held = donor.engine.hold(hashes)
+    expect(held.hashes).toEqual(hashes)
+    const oneBlock = (place: number) => ({ firstLayer: 0, layers: 1, firstBlock: place, blocks: 1 })
+    const blocks = hashes.map((_, place) => {
+      const bytes = new Uint8Array(donor.kernels.info.blockBytes)
+      return { bytes, crc: held.writeOf(upTo(hashes.length))(oneBlock(place), bytes, 0, 0) }
+    })
+    held.release()
+    expectIdle(donor.engine, donor.kernels)
 
     const { engine, kernels } = start()
     const generation = new Generation(engine, spec)
     await generation.reserved
     expect(engine.missingBlocks("a")).toEqual({ from: 0, hashes })
-    expect(engine.importBlock("a", 1, blocks[1]!)).toBe(false)
-    expect(upTo(3).map((place) => engine.importBlock("a", place, blocks[place]!))).toEqual([true, true, true])
+    const take = (place: number) => engine.importLayers("a", oneBlock(place), blocks[place]!.bytes, 0, blocks[place]!.crc)
+    expect(upTo(3).map(take)).toEqual([true, true, true])
+    expect([engine.acceptPrefix("a", 1, 2), engine.acceptPrefix("a", 0, 3), engine.acceptPrefix("a", 3, 9)]).toEqual([false, true, false])
     generation.prefill()
-    expect(engine.importBlock("a", 3, blocks[3]!)).toBe(false)
+    expect(() => take(3)).toThrow(/no reservation/)
+    expect(engine.acceptPrefix("a", 3, 1)).toBe(false)
     await generation.ended
     expect(generation.cachedTokens).toBe(12)
     expect(generation.tokens[0]).toEqual(expectedTokens(spec, 0))
@@ -311,7 +321,9 @@ describe("a crowd over fake kernels and a pool far too small for it", () => {
       const { from, hashes } = engine.missingBlocks(generation.spec.id)
       for (const [i, hash] of hashes.entries()) {
         const bytes = store.get(hash)
-        if (bytes === undefined || !engine.importBlock(generation.spec.id, from + i, bytes)) break
+        if (bytes === undefined || generation.over) break
+        engine.importLayers(generation.spec.id, { firstLayer: 0, layers: 1, firstBlock: from + i, blocks: 1 }, bytes, 0, crc32c(bytes, 0))
+        if (!engine.acceptPrefix(generation.spec.id, from + i, 1)) break
         if (random() < 0.3) await turn()
       }
       if (!generation.over) generation.prefill()
@@ -323,8 +335,13 @@ describe("a crowd over fake kernels and a pool far too small for it", () => {
       while (!over) {
         await turn()
         for (const hash of fresh.splice(0)) {
-          const bytes = engine.exportBlock(hash)
-          if (bytes !== undefined) store.set(hash, bytes)
+          const held = engine.hold([hash])
+          if (held.hashes.length > 0) {
+            const bytes = new Uint8Array(kernels.info.blockBytes)
+            held.writeOf([0])({ firstLayer: 0, layers: 1, firstBlock: 0, blocks: 1 }, bytes, 0, 0)
+            store.set(hash, bytes)
+          }
+          held.release()
         }
         const chosen = [...live][below(live.size)]
         const dice = random()

@@ -2,8 +2,7 @@
  * Kernels that draw a token from a hash of the KV they find, and of the sampler's parameters: a wrong table, a block that
  * was given to two sequences or never computed shows as a wrong token, or as an error right away.
  */
-import { crc32 } from "node:zlib"
-import type { Batch, EngineInfo, SamplerOptions, StepResult } from "../../kernels/index.ts"
+import { crc32c, type Batch, type EngineInfo, type SamplerOptions, type StepResult } from "../../kernels/index.ts"
 import type { StepKernels } from "../../actors/engine/engine.ts"
 
 /** Drawn about once in 40 tokens. */
@@ -137,27 +136,27 @@ export class FakeKernels implements StepKernels {
     }
   }
 
-  exportBlock(block: number, into: Uint8Array): void {
+  #read(block: number, into: Uint8Array): void {
     if (this.#inFlight?.written.has(block)) throw new Error(`block ${block} is exported while a step writes it`)
     if (this.#blocks[block]!.includes(-1)) throw new Error(`block ${block} is exported but not computed`)
     into.set(new Uint8Array(this.#blocks[block]!.buffer))
   }
 
-  importBlock(block: number, from: Uint8Array): void {
+  #write(block: number, from: Uint8Array): void {
     this.#notInUse(block, "imported")
     this.#blocks[block]!.set(new Int32Array(new Uint8Array(from).buffer))
   }
 
   exportLayers(blocks: Int32Array, _firstLayer: number, _layers: number, into: Uint8Array, offset: number, seed: number): number {
     const { blockBytes } = this.info
-    blocks.forEach((block, i) => this.exportBlock(block, into.subarray(offset + i * blockBytes, offset + (i + 1) * blockBytes)))
-    return crc32(into.subarray(offset, offset + blocks.length * blockBytes), seed)
+    blocks.forEach((block, i) => this.#read(block, into.subarray(offset + i * blockBytes, offset + (i + 1) * blockBytes)))
+    return crc32c(into.subarray(offset, offset + blocks.length * blockBytes), seed)
   }
 
   importLayers(blocks: Int32Array, _firstLayer: number, _layers: number, from: Uint8Array, offset: number, seed: number, crc: number): boolean {
     const { blockBytes } = this.info
-    blocks.forEach((block, i) => this.importBlock(block, from.subarray(offset + i * blockBytes, offset + (i + 1) * blockBytes)))
-    return crc32(from.subarray(offset, offset + blocks.length * blockBytes), seed) === crc
+    blocks.forEach((block, i) => this.#write(block, from.subarray(offset + i * blockBytes, offset + (i + 1) * blockBytes)))
+    return crc32c(from.subarray(offset, offset + blocks.length * blockBytes), seed) === crc
   }
 
   copyBlock(from: number, to: number): void {

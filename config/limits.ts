@@ -103,6 +103,8 @@ export const limits = {
   clientStallMs: 60_000,
   /** Blocks waiting to be put into the KV store; more are dropped, which costs a later miss only. */
   storeQueueBlocks: 4_096,
+  /** A put waits this long at most for prompts that are being computed or moved by the same worker. */
+  storeYieldMs: 1_000,
   /** Blocks of one put. */
   storeBatchBlocks: 16,
   /** Transfers that a KV store has open at once; beyond them it has nothing and wants nothing. */

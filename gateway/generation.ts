@@ -6,7 +6,7 @@ import { limits } from "../config/limits.ts"
 import { decodeGenerateEvent, type FinishReason, type GenerateEvent, type GenerateMessage } from "../actors/messages/request.ts"
 import { packTokens } from "../actors/messages/tokens.ts"
 import { Fault, type FaultCode } from "../actors/runtime/fault.ts"
-import type { StreamReader } from "../actors/runtime/stream.ts"
+import type { StreamReader } from "../actors/runtime/stream-reader.ts"
 
 /** Sends a `Generate` to any request actor. */
 export type OpenGenerate = (message: GenerateMessage, deadlineMs: number) => StreamReader

@@ -16,6 +16,8 @@ import { anyId, subject } from "../messages/subjects.ts"
 import type { Worker } from "../engine/worker.ts"
 import { TransferSender } from "../transfer/transfer-sender.ts"
 
+const pollMs = 20
+
 interface Stored {
   readonly hash: BlockHash
   /** Traceparent of the request that it was computed for. */
@@ -42,6 +44,8 @@ export class StoreWriter {
     const to = subject(cluster, "kv-store", anyId, Put.verb)
     const putBatch = Effect.gen({ self: this }, function* () {
       yield* this.#nonEmpty()
+      // What somebody waits for goes first, where it does not go on for ever.
+      for (let waitedMs = 0; engine.hasPrompts && waitedMs < limits.storeYieldMs; waitedMs += pollMs) yield* Effect.sleep(pollMs)
       const batch = this.#queue.splice(0, limits.storeBatchBlocks)
       const { present } = yield* link.ask(Have, subject(cluster, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(batch.map(({ hash }) => hash)) }, hop)
       const absent = batch.filter((_, i) => present[i] !== true)

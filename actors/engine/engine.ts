@@ -82,6 +82,12 @@ export class Engine {
     return { sequences: this.#queue.running.length, waiting: this.#queue.waiting.length, preemptions: this.#queue.preemptions }
   }
 
+  /** Whether somebody waits for a prompt: for its turn, its computation, or its KV on the way in or out. */
+  get hasPrompts(): boolean {
+    for (const group of this.#groups.values()) if (!group.prefillDone || group.held) return true
+    return false
+  }
+
   get requestIds(): Array<string> {
     return [...this.#groups.values()].map(({ spec }) => spec.requestId)
   }

@@ -9,7 +9,7 @@ import { header, protocolVersion, type Delivery } from "./bus.ts"
 import { encodeFault, type MessageType } from "./codec.ts"
 import { Fault } from "./fault.ts"
 import type { Link } from "./link.ts"
-import { StreamWriter } from "./stream.ts"
+import { StreamWriter } from "./stream-writer.ts"
 import { spanOf } from "./trace-context.ts"
 
 /** Where messages of one type are received, and what is done with them. */

@@ -7,7 +7,7 @@ import { limits } from "../../config/limits.ts"
 import { header, protocolVersion, type Bus, type Delivery, type Headers, type Subscription } from "./bus.ts"
 import { decodeFault, type MessageType } from "./codec.ts"
 import { Fault } from "./fault.ts"
-import { openStream, type StreamReader } from "./stream.ts"
+import { openStream, type StreamReader } from "./stream-reader.ts"
 import { currentTraceparent } from "./trace-context.ts"
 
 export interface SendOptions {

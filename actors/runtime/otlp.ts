@@ -1,3 +1,11 @@
+export interface OtlpOptions {
+  /** A collector's OTLP/HTTP address, to which /v1/traces is added. */
+  readonly endpoint: string
+  readonly cluster: string
+  /** What the process runs: its kind, which becomes a service of its own in Jaeger, and its name. */
+  readonly component: { readonly kind: string; readonly id: string }
+}
+
 /**
  * Spans on their way to a collector, by the OpenTelemetry SDK, in batches, in the background and dropped where it does not
  * take them. Loaded by telemetry.ts, and only where tracing is on. The SDK reads its own standard variables, such as
@@ -13,9 +21,8 @@ import { ATTR_SERVICE_INSTANCE_ID, ATTR_SERVICE_NAMESPACE } from "@opentelemetry
 import { Cause, Effect, Exit, Layer, Tracer } from "effect"
 import { limits } from "../../config/limits.ts"
 import { attributes } from "../../config/telemetry.ts"
-import type { TelemetryOptions } from "./telemetry.ts"
 
-export const otlp = ({ endpoint, cluster, component }: TelemetryOptions & { readonly endpoint: string }): Layer.Layer<never> => {
+export const otlp = ({ endpoint, cluster, component }: OtlpOptions): Layer.Layer<never> => {
   const name = `${component.kind} ${component.id}`
   const resource = Resource.layer({
     serviceName: component.kind === "penstock" ? "penstock" : `penstock-${component.kind}`,

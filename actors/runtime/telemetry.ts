@@ -3,13 +3,11 @@
  * and nothing of the SDK is loaded.
  */
 import { Effect, Layer, References } from "effect"
+import type { OtlpOptions } from "./otlp.ts"
 
-export interface TelemetryOptions {
-  /** A collector's OTLP/HTTP address, to which /v1/traces is added; undefined: tracing is off. */
+export interface TelemetryOptions extends Omit<OtlpOptions, "endpoint"> {
+  /** A collector's address; undefined: tracing is off. */
   readonly endpoint: string | undefined
-  readonly cluster: string
-  /** What the process runs: its kind, which becomes a service of its own in Jaeger, and its name. */
-  readonly component: { readonly kind: string; readonly id: string }
 }
 
 /** Sends spans until its Scope closes, which waits for the last ones, but not long. */

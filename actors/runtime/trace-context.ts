@@ -1,7 +1,7 @@
 /** The span that work belongs to, as the W3C `traceparent` that crosses processes. */
 import { Context, Effect, Tracer } from "effect"
 import { attributes } from "../../config/telemetry.ts"
-import type { Link } from "./link.ts"
+import type { Bus } from "./bus.ts"
 
 /** Undefined where tracing is off. */
 const traceparentOf = (span: Tracer.AnySpan | undefined): string | undefined =>
@@ -18,7 +18,7 @@ export const spanOf = (traceparent: string | undefined): Tracer.ExternalSpan | u
 }
 
 /** Of a span that serves a message. */
-export const messageAttributes = (link: Link, subject: string): Record<string, unknown> => ({
+export const messageAttributes = (link: { readonly bus: Bus }, subject: string): Record<string, unknown> => ({
   [attributes.messagingSystem]: link.bus.name,
   [attributes.messagingDestination]: subject,
 })

@@ -4,7 +4,8 @@ import { limits } from "../../config/limits.ts"
 import type { Bus, PublishOptions } from "../../actors/runtime/bus.ts"
 import type { Fault } from "../../actors/runtime/fault.ts"
 import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
-import { openStream, StreamWriter, type StreamReader } from "../../actors/runtime/stream.ts"
+import { openStream, type StreamReader } from "../../actors/runtime/stream-reader.ts"
+import { StreamWriter } from "../../actors/runtime/stream-writer.ts"
 import { busConformance } from "../support/bus-conformance.ts"
 
 busConformance("memory", async () => {

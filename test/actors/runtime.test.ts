@@ -10,7 +10,7 @@ import { decodeFault, defineAsk, defineStream, defineTell, encodeFault, pack } f
 import { Fault, FaultCode } from "../../actors/runtime/fault.ts"
 import { Link } from "../../actors/runtime/link.ts"
 import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
-import type { StreamWriter } from "../../actors/runtime/stream.ts"
+import type { StreamWriter } from "../../actors/runtime/stream-writer.ts"
 import { supervise } from "../../actors/runtime/supervisor.ts"
 import { failureOf, started, testScope, until, type TestScope } from "../support/scoped.ts"
 

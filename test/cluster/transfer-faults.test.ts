@@ -4,7 +4,7 @@ import { decodeGenerateEvent } from "../../actors/messages/request.ts"
 import { subject } from "../../actors/messages/subjects.ts"
 import { header, protocolVersion } from "../../actors/runtime/bus.ts"
 import { Fault } from "../../actors/runtime/fault.ts"
-import { openStream } from "../../actors/runtime/stream.ts"
+import { openStream } from "../../actors/runtime/stream-reader.ts"
 import { limits } from "../../config/limits.ts"
 import { Cluster, type Answer, type Asked } from "../support/cluster.ts"
 import type { Faults } from "../support/faulty-bus.ts"
@@ -62,7 +62,7 @@ describe("two workers with KV between them", () => {
   const nothingLeft = async ({ cluster, bus, decode }: StartedPair, listeners: number) => {
     await cluster.untilIdle()
     expect(decode.worker.receiving.size).toBe(0)
-    for (let waitedMs = 0; bus.listeners > listeners && waitedMs < 4 * limits.kvSilenceMs; waitedMs += 100) await new Promise((resolve) => setTimeout(resolve, 100))
+    for (let waitedMs = 0; bus.listeners > listeners && waitedMs < 2 * limits.storeTransferLeaseMs; waitedMs += 100) await new Promise((resolve) => setTimeout(resolve, 100))
     expect(bus.listeners).toBe(listeners)
   }
 
@@ -70,10 +70,12 @@ describe("two workers with KV between them", () => {
   const alike = (answers: ReadonlyArray<Answer>) => answers.map(({ usage, ...answer }) => ({ ...answer, completionTokens: usage.completionTokens }))
 
   const answersUnder = async (verb: "chunk" | "progress" | "status" | "all", faults: Faults, seed = 1) => {
-    const started = await start({ seed, faultsOf: (to) => (transferVerb(to) !== undefined && (verb === "all" || transferVerb(to) === verb) ? faults : undefined) })
+    let calm = false
+    const started = await start({ seed, faultsOf: (to) => (!calm && transferVerb(to) !== undefined && (verb === "all" || transferVerb(to) === verb) ? faults : undefined) })
     const { listeners } = started.bus
     const answers = await Promise.all(mixed.map((asked) => started.cluster.generate(asked)))
     expect(alike(answers)).toEqual(alike(expected))
+    calm = true // or what goes to the KV store in the background would have no end
     await nothingLeft(started, listeners)
     return started
   }
@@ -207,7 +209,7 @@ describe("two workers with KV between them", () => {
     const answers = await Promise.all(prompts.map((prompt) => started.cluster.generate({ prompt, maxTokens: 4 })))
     expect(answers.every(({ tokens }) => tokens[0]!.length === 4)).toBe(true)
     const peaks = [...started.bus.peakBytes].filter(([to]) => transferVerb(to) === "chunk").map(([, bytes]) => bytes)
-    expect(peaks).toHaveLength(16)
+    expect(peaks.length).toBeGreaterThanOrEqual(16) // those to the KV store come on top
     expect(Math.max(...peaks)).toBeGreaterThan(limits.kvChunkBytes)
     expect(Math.max(...peaks)).toBeLessThanOrEqual(limits.kvWindowBytes)
     expect(started.decode.worker.totals.fallbacks).toBe(0)

@@ -6,7 +6,8 @@ import { header, type Bus, type Delivery } from "../../actors/runtime/bus.ts"
 import { defineAsk, defineTell } from "../../actors/runtime/codec.ts"
 import { Fault } from "../../actors/runtime/fault.ts"
 import { Link } from "../../actors/runtime/link.ts"
-import { openStream, StreamWriter, type OpenStreamOptions } from "../../actors/runtime/stream.ts"
+import { openStream, type OpenStreamOptions } from "../../actors/runtime/stream-reader.ts"
+import { StreamWriter } from "../../actors/runtime/stream-writer.ts"
 /** Two connections to one bus, or the same one twice where it has no connections. */
 export interface BusUnderTest {
   readonly bus: Bus

@@ -5,7 +5,7 @@ import { defaultSampling } from "../../actors/messages/sampling.ts"
 import { anyId, subject } from "../../actors/messages/subjects.ts"
 import { packTokens, unpackTokens } from "../../actors/messages/tokens.ts"
 import { Link } from "../../actors/runtime/link.ts"
-import type { StreamReader } from "../../actors/runtime/stream.ts"
+import type { StreamReader } from "../../actors/runtime/stream-reader.ts"
 import { startNode, type StartedNode, type StartNodeOptions } from "./start-node.ts"
 import { until } from "./scoped.ts"
 
@@ -101,8 +101,8 @@ export class Cluster {
     for (const { worker, kernels } of this.node.workers.values()) {
       const { engine } = worker
       await until(() => engine.requestIds.length === 0 && engine.load.sequences === 0 && engine.load.waiting === 0)
+      await until(() => engine.blocks.available === engine.blocks.total) // the KV store may still be reading some
       engine.checkInvariants()
-      if (engine.blocks.available !== engine.blocks.total) throw new Error(`${worker.id} has ${engine.blocks.available} of ${engine.blocks.total} blocks`)
       if (kernels.samplers !== 0) throw new Error(`${worker.id} has ${kernels.samplers} samplers left`)
     }
   }

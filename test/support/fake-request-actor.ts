@@ -7,7 +7,7 @@ import { packTokens } from "../../actors/messages/tokens.ts"
 import { header, type Bus, type Delivery, type Headers } from "../../actors/runtime/bus.ts"
 import { encodeFault, type MessageType } from "../../actors/runtime/codec.ts"
 import { Fault } from "../../actors/runtime/fault.ts"
-import { StreamWriter } from "../../actors/runtime/stream.ts"
+import { StreamWriter } from "../../actors/runtime/stream-writer.ts"
 
 /** One `Generate` that the actor has accepted. */
 export class FakeGeneration {

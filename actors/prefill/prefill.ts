@@ -1,7 +1,7 @@
 /**
  * The prefill actor: computes prompts into the reservations that decode has opened. It looks for the longest prefix that
  * is known anywhere first, computes the rest, and sends the first token of each choice itself. Where decode is another
- * worker, the KV of each layer leaves as soon as it is computed.
+ * worker, its KV leaves while the rest is computed: layer by layer, or to one on the same machine step by step.
  */
 import { hostname } from "node:os"
 import { Effect, type Scope } from "effect"

@@ -18,8 +18,8 @@ interface Asked {
 }
 
 /** Pairs of a length are measured for this long, and at least `leastPairs` of them. */
-const budgetMs = { 512: 9_000, 2048: 14_000 } as const
-const leastPairs = 3
+const budgetMs = { 512: 7_000, 2048: 11_000 } as const
+const leastPairs = 2
 /** For what a request leaves to be done in the background. */
 const restMs = 150
 /** Enough that no prompt finds an earlier one's blocks where they should be free. */

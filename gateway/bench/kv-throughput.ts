@@ -12,7 +12,7 @@ import { median, rounded } from "./figures.ts"
 import { chunkBlocks, cluster, connectPool, openPool, poolId, transferBlocks, type KvOrder, type Pool } from "./kv-peer.ts"
 import { peerProcess, type Peer } from "./peer.ts"
 
-const rounds = 40
+const rounds = 30
 const warmUpRounds = 3
 export interface Throughput {
   readonly mbPerS: number

@@ -79,6 +79,10 @@ export const limits = {
   logitBiases: 1_024,
   /** Most bytes of one HTTP body or WebSocket message. */
   bodyBytes: 8 * 1024 * 1024,
+  /** Most bytes of text that `/tokenize` takes: it has no context's limit to stop at. */
+  tokenizeBytes: 256 * 1024,
+  /** What a chat message takes on the bus besides its texts. */
+  messageOverheadBytes: 32,
   /** Prompts of one completions request. */
   promptBatch: 64,
   /** Open requests of one gateway; the next is refused as overloaded. */
@@ -107,6 +111,8 @@ export const limits = {
   storeYieldMs: 1_000,
   /** Blocks of one put. */
   storeBatchBlocks: 16,
+  /** Formats whose layout a KV store remembers; the one that was put longest ago is forgotten. */
+  storeFormats: 64,
   /** Transfers that a KV store has open at once; beyond them it has nothing and wants nothing. */
   storeTransfers: 64,
   /** A transfer with the KV store that has not ended by then is given up. */
@@ -120,6 +126,13 @@ export const limits = {
   kvChunkBytes: 512 * 1024,
   /** Bytes of chunks that a receiver lets be on their way. */
   kvWindowBytes: 8 * 1024 * 1024,
+  /** Most that a sender takes another's word for. */
+  kvCreditBytes: 64 * 1024 * 1024,
+  /** What a KV layout that comes in a message has at most: its layers, the tokens of a block, and the bytes of a block and of its layer. */
+  kvLayers: 1_024,
+  kvBlockTokens: 1_024,
+  kvLayerBlockBytes: 64 * 1024 * 1024,
+  kvBlockBytes: 1024 * 1024 * 1024,
   /** Bytes of chunks that a sender writes before others of its process have a turn. */
   kvTurnBytes: 2 * 1024 * 1024,
   /** A sender without an answer repeats how far it is this often. */
@@ -161,6 +174,9 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.telemetryFlushDeadlineMs * 4 + limits.busDrainDeadlineMs < limits.shutdownDeadlineMs, "telemetryFlushDeadlineMs * 4 + busDrainDeadlineMs < shutdownDeadlineMs"],
   [limits.kvChunkBytes < limits.maxPayloadBytes, "kvChunkBytes < maxPayloadBytes"],
   [limits.kvChunkBytes * 4 <= limits.kvWindowBytes, "kvChunkBytes * 4 <= kvWindowBytes"],
+  [limits.kvWindowBytes <= limits.kvCreditBytes, "kvWindowBytes <= kvCreditBytes"],
+  [limits.kvCreditBytes <= limits.busPendingBytes, "kvCreditBytes <= busPendingBytes"],
+  [limits.kvLayerBlockBytes <= limits.kvBlockBytes, "kvLayerBlockBytes <= kvBlockBytes"],
   [limits.kvProgressIntervalMs * 10 <= limits.kvSilenceMs, "kvProgressIntervalMs * 10 <= kvSilenceMs"],
   [limits.streamWindowFrames <= limits.streamBacklogFrames, "streamWindowFrames <= streamBacklogFrames"],
   [limits.prefillDeadlineMs <= limits.requestDeadlineMs, "prefillDeadlineMs <= requestDeadlineMs"],

@@ -81,6 +81,10 @@ export const checkModel = (gateway: GatewayContext, model: string): void => {
   if (model !== gateway.model.id && gateway.model.aliases?.includes(model) !== true) throw modelNotFound(model, gateway.model.id)
 }
 
+/** Bytes of messages on the bus. */
+export const messagesBytes = (messages: ReadonlyArray<{ readonly role: string; readonly content: string; readonly name?: string }>): number =>
+  messages.reduce((bytes, { role, content, name }) => bytes + Buffer.byteLength(content) + Buffer.byteLength(role) + Buffer.byteLength(name ?? "") + limits.messageOverheadBytes, 0)
+
 /** Throws where a prompt cannot cross the bus in one message: it is far beyond any context then. */
 export const checkPromptBytes = (gateway: GatewayContext, param: string, bytes: number): void => {
   const most = Math.min(gateway.link.bus.maxPayloadBytes, limits.maxPayloadBytes) - 64 * 1024 // the rest of the message

@@ -5,7 +5,7 @@ import { limits } from "../config/limits.ts"
 import type { ChatMessage, FinishReason, Usage } from "../actors/messages/request.ts"
 import { unpackTokens } from "../actors/messages/tokens.ts"
 import { addUsage, collect, noUsage, openBatch, streamBatch, usageBody, type Answer, type StreamFormat } from "./answer.ts"
-import { attempt, checkModel, checkPromptBytes, json, readJson, type Call, type GatewayContext, type Handler } from "./call.ts"
+import { attempt, checkModel, checkPromptBytes, json, messagesBytes, readJson, type Call, type GatewayContext, type Handler } from "./call.ts"
 import { decoder } from "./decode.ts"
 import { invalid } from "./errors.ts"
 import type { BatchEvent, GenerateOrder } from "./generation.ts"
@@ -60,7 +60,7 @@ const orderOf = (gateway: GatewayContext, call: Call, id: string, body: ChatRequ
   if (body.stream_options !== undefined && body.stream_options !== null && body.stream !== true) throw invalid("stream_options", "only allowed when stream is true")
   if (typeof body.top_logprobs === "number" && body.logprobs !== true) throw invalid("top_logprobs", "only allowed when logprobs is true")
   const messages = body.messages.map(messageOf)
-  checkPromptBytes(gateway, "messages", messages.reduce((bytes, { content }) => bytes + Buffer.byteLength(content), 0))
+  checkPromptBytes(gateway, "messages", messagesBytes(messages))
   return {
     requestId: id,
     tenant: call.tenant,

@@ -14,16 +14,16 @@ export type OpenGenerate = (message: GenerateMessage, deadlineMs: number) => Str
 /** What a generation is asked; the attempt and what was delivered are filled in here. */
 export type GenerateOrder = Omit<GenerateMessage, "attempt" | "delivered">
 
-// An overloaded system is not asked again at once: the client is told when to.
+// An overloaded system is not asked again at once: the client is told when to. What happens behind a request actor is that
+// actor's to try again, and it has.
 const resumable: ReadonlySet<FaultCode> = new Set(["unavailable", "disconnected", "deadline_exceeded"])
 
 /**
- * The message that continues a generation elsewhere, or undefined where it cannot be continued. Today that is only before
- * the first token; a request actor that takes up `delivered` makes it so at any place.
+ * The message that continues a generation elsewhere, with what was delivered, or undefined where it cannot be continued: it
+ * is not the request actor that was lost.
  */
 export const resume = (order: GenerateOrder, attempt: number, delivered: ReadonlyArray<ReadonlyArray<number>>, fault: Fault): GenerateMessage | undefined => {
-  if (!resumable.has(fault.code) || attempt >= limits.generateAttempts) return undefined
-  if (delivered.some((tokens) => tokens.length > 0)) return undefined
+  if (!/^request\b/.test(fault.hop) || !resumable.has(fault.code) || attempt >= limits.generateAttempts) return undefined
   return { ...order, attempt, delivered: delivered.map((tokens) => packTokens(tokens)) }
 }
 

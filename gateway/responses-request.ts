@@ -2,7 +2,7 @@
 import { Schema } from "effect"
 import { limits } from "../config/limits.ts"
 import type { ChatMessage } from "../actors/messages/request.ts"
-import { checkModel, checkPromptBytes, type Call, type GatewayContext } from "./call.ts"
+import { checkModel, checkPromptBytes, messagesBytes, type Call, type GatewayContext } from "./call.ts"
 import { decoder, show } from "./decode.ts"
 import { invalid, notSupported } from "./errors.ts"
 import type { GenerateOrder } from "./generation.ts"
@@ -68,7 +68,7 @@ export const responsesOrder = (gateway: GatewayContext, call: Pick<Call, "tenant
   const instructions: ReadonlyArray<ChatMessage> = typeof body.instructions === "string" ? [{ role: "system", content: body.instructions }] : []
   const messages = [...instructions, ...earlier, ...inputMessages(body.input)]
   if (messages.length === 0) throw invalid("input", "expected at least one message, found an empty array")
-  checkPromptBytes(gateway, "input", messages.reduce((bytes, { content }) => bytes + Buffer.byteLength(content), 0))
+  checkPromptBytes(gateway, "input", messagesBytes(messages))
   return {
     requestId: id,
     tenant: call.tenant,

@@ -1,11 +1,13 @@
 /** The routes that answer at once: health, readiness, models, and text to tokens and back. */
 import { Effect, Schema } from "effect"
+import { limits } from "../config/limits.ts"
 import { Detokenize, Tokenize } from "../actors/messages/request.ts"
 import { anyId, subject } from "../actors/messages/subjects.ts"
+import { unpackTokens } from "../actors/messages/tokens.ts"
 import type { MessageType } from "../actors/runtime/codec.ts"
 import { attempt, checkModel, checkPromptBytes, json, readJson, type GatewayContext, type Handler } from "./call.ts"
 import { decoder } from "./decode.ts"
-import { fromFault } from "./errors.ts"
+import { fromFault, invalid } from "./errors.ts"
 import { tokenId } from "./schemas.ts"
 
 /** Alive: says nothing about whether requests can be served. */
@@ -34,10 +36,12 @@ export const tokenize: Handler = Effect.fnUntraced(function* (gateway, call) {
   const received = yield* readJson(gateway, call)
   const { content } = yield* attempt(() => {
     const body = decodeTokenize(received)
-    checkPromptBytes(gateway, "content", Buffer.byteLength(body.content))
+    const bytes = Buffer.byteLength(body.content)
+    if (bytes > limits.tokenizeBytes) throw invalid("content", `${bytes} bytes are more than the ${limits.tokenizeBytes} that are tokenised at once`)
     return body
   })
-  return json(200, yield* ask(gateway, Tokenize, { content }))
+  const { tokens } = yield* ask(gateway, Tokenize, { content })
+  return json(200, { tokens: [...unpackTokens(tokens, "tokens")] })
 })
 
 export const detokenize: Handler = Effect.fnUntraced(function* (gateway, call) {

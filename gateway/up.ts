@@ -64,7 +64,7 @@ const signalled: Effect.Effect<string> = Effect.callback((resume) => {
   return Effect.sync(() => handlers.forEach((remove) => remove()))
 })
 
-/** Runs until SIGINT, SIGTERM or SIGHUP, and resolves to the exit code after an orderly shutdown. */
+/** Runs until SIGINT, SIGTERM or SIGHUP, which may come while it still starts, and resolves to the exit code after an orderly shutdown. */
 export const up = async (options: NodeOptions): Promise<number> => {
   const startedAtMs = performance.now() - process.uptime() * 1000
   const stopping = Deferred.makeUnsafe<void>()
@@ -73,13 +73,16 @@ export const up = async (options: NodeOptions): Promise<number> => {
     const seconds = ((performance.now() - startedAtMs) / 1000).toFixed(1)
     process.stdout.write(`Penstock serves ${options.model.name} at ${url}${details(workers)}\n`)
     process.stdout.write(`ready after ${seconds} s; stop with Ctrl-C\n`)
+    return yield* Effect.never
+  })
+  const stop = Effect.gen(function* () {
     const signal = yield* signalled
     process.stdout.write(`${signal}: stopping\n`)
     yield* Deferred.succeed(stopping, undefined)
   })
   // A shutdown that hangs is cut off: what is left is freed with the process.
   void Effect.runPromise(Deferred.await(stopping)).then(() => setTimeout(() => process.exit(1), limits.shutdownDeadlineMs).unref())
-  const exit = await Effect.runPromiseExit(Effect.scoped(main))
+  const exit = await Effect.runPromiseExit(Effect.scoped(Effect.raceFirst(stop, main)))
   if (Exit.isSuccess(exit)) return 0
   const failure = Option.getOrUndefined(Cause.findErrorOption(exit.cause))
   process.stderr.write(`${failure === undefined ? Cause.pretty(exit.cause) : failure.message}\n`)

@@ -27,6 +27,7 @@ interface Stored {
 export class StoreWriter {
   #queue: Array<Stored> = []
   #wake: (() => void) | undefined
+  #state: "new" | "works" | "fails" = "new"
 
   /** A block's content became known. Beyond the bound the oldest in the queue is forgotten. */
   stored(hash: BlockHash, trace?: string): void {
@@ -79,7 +80,18 @@ export class StoreWriter {
         attributes: { ...messageAttributes(link, to), [attributes.wantedBlocks]: absent.length },
       }
     }
-    const quietly = putBatch.pipe(Effect.catch(() => Effect.sleep(limits.heartbeatIntervalMs)))
+    // One line for a run of failures. Where nobody has ever served it, the topology has no store, which is no failure.
+    const tell = (fault: Fault) => {
+      if (this.#state === "fails" || (this.#state === "new" && fault.code === "unavailable")) return
+      this.#state = "fails"
+      console.error(`${link.sender}: the KV store does not get what is computed here, until it is back: ${fault.message}`)
+    }
+    const quietly = putBatch.pipe(
+      Effect.matchEffect({
+        onSuccess: () => Effect.sync(() => void (this.#state = "works")),
+        onFailure: (fault) => Effect.andThen(Effect.sync(() => tell(fault)), Effect.sleep(limits.heartbeatIntervalMs)),
+      }),
+    )
     return Effect.asVoid(Effect.forkScoped(Effect.forever(quietly)))
   }
 

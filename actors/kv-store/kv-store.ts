@@ -31,16 +31,31 @@ export interface KvStoreOptions {
 type GetMessage = BlocksMessage & { readonly layout: KvLayout; readonly transferId: string; readonly firstBlock: number; readonly creditBytes: number }
 type PutMessage = BlocksMessage & { readonly layout: KvLayout }
 
+const textOf = ({ layers, layerBlockBytes, dtype, blockTokens }: KvLayout): string => `${layers} layers of ${layerBlockBytes} bytes (${dtype}, ${blockTokens} tokens)`
+
 /** Runs a KV store until the Scope closes. */
 export const kvStoreActor = ({ link, buses, cluster, id, memoryBytes }: KvStoreOptions): Effect.Effect<void, never, Scope.Scope> =>
   Effect.gen(function* () {
     const cache = new BlockCache(memoryBytes)
+    const coming = new Set<string>() // keys that an open put brings: what prefill and decode both have is sent once
+    const layouts = new Map<string, KvLayout>() // by format, the one that was put longest ago first
     const open = new Set<{ readonly fail: (fault: Fault) => void }>() // transfers, both ways
     const places = (verb: string) => [
       { subject: subject(cluster, "kv-store", id, verb) },
       { subject: subject(cluster, "kv-store", anyId, verb), queue: "kv-store" },
     ]
     const keys = ({ formatId, hashes }: BlocksMessage) => unpackHashes(hashes).map((hash) => `${formatId}/${hash}`)
+    const layoutFault = ({ formatId, layout }: PutMessage): Fault | undefined => {
+      const known = layouts.get(formatId)
+      if (known === undefined || textOf(known) === textOf(layout)) return undefined
+      return new Fault({ code: "invalid_request", message: `${link.sender}: format ${formatId} has blocks of ${textOf(known)}, not of ${textOf(layout)}`, hop: link.sender })
+    }
+    /** A format's first put says how its blocks are laid out. */
+    const remember = ({ formatId, layout }: PutMessage): void => {
+      layouts.delete(formatId)
+      layouts.set(formatId, layout)
+      if (layouts.size > limits.storeFormats) layouts.delete(layouts.keys().next().value!)
+    }
     const leaving = new Fault({ code: "shutting_down", message: `${link.sender}: is leaving`, hop: link.sender })
     yield* Effect.addFinalizer(() => Effect.sync(() => open.forEach((transfer) => transfer.fail(leaving))))
 
@@ -56,41 +71,54 @@ export const kvStoreActor = ({ link, buses, cluster, id, memoryBytes }: KvStoreO
     }
 
     const get = (message: GetMessage) =>
-      Effect.sync(() => {
+      Effect.suspend(() => {
+        const wrong = layoutFault(message)
+        if (wrong !== undefined) return Effect.fail(wrong)
         const { layout, transferId, firstBlock, creditBytes } = message
         const blockBytes = layout.layers * layout.layerBlockBytes
         const blocks = keys(message).flatMap((key) => cache.get(key) ?? [])
         const whole = blocks.length > 0 && blocks.length === unpackHashes(message.hashes).length && blocks.every((block) => block.byteLength === blockBytes)
-        if (!whole || open.size >= limits.storeTransfers) return { sent: false }
+        if (!whole || open.size >= limits.storeTransfers) return Effect.succeed({ sent: false })
         const sender = new TransferSender({ ...buses, cluster, transferId, source: bufferSource(layout, blocks, firstBlock), creditBytes, hop: "prefill" })
         track(sender)
         blocks.forEach((_, i) => sender.send({ firstLayer: 0, layers: layout.layers, firstBlock: firstBlock + i, blocks: 1 }))
         sender.finish([])
-        return { sent: true }
+        return Effect.succeed({ sent: true })
       }).pipe(
         Effect.tap(({ sent }) => Effect.annotateCurrentSpan(attributes.movedBlocks, sent ? unpackHashes(message.hashes).length : 0)),
         Effect.withSpan(spans.kvStoreGet, { kind: "server", attributes: messageAttributes(link, subject(cluster, "kv-store", anyId, Get.verb)) }),
       )
 
     const put = (message: PutMessage) =>
-      Effect.sync(() => {
+      Effect.suspend(() => {
+        const wrong = layoutFault(message)
+        if (wrong !== undefined) return Effect.fail(wrong)
         const { layout } = message
         const named = keys(message)
         const blockBytes = layout.layers * layout.layerBlockBytes
-        const room = open.size < limits.storeTransfers && named.length <= limits.storeBatchBlocks && blockBytes > 0 && blockBytes <= memoryBytes
-        const wanted = named.map((key) => room && cache.get(key) === undefined)
+        const room = open.size < limits.storeTransfers && named.length <= limits.storeBatchBlocks
+        const wanted = named.map((key) => {
+          const wants = room && cache.get(key) === undefined && !coming.has(key) && cache.reserve(blockBytes)
+          if (wants) coming.add(key)
+          return wants
+        })
         const keep = named.filter((_, i) => wanted[i])
         const transferId = randomUUID().replaceAll("-", "")
         if (keep.length > 0) {
+          remember(message)
           const blocks = keep.map(() => new Uint8Array(blockBytes))
           const receiver = new TransferReceiver({ ...buses, cluster, transferId, sink: bufferSink(layout, blocks), firstBlock: 0, blocks: keep.length, creditBytes: limits.kvWindowBytes, hop: "a worker" })
           track(receiver)
-          receiver.done.then(
-            () => keep.forEach((key, i) => cache.put(key, blocks[i]!)),
-            () => {}, // the blocks stay unknown, which costs a later miss
-          )
+          const ended = () => {
+            cache.release(keep.length * blockBytes)
+            for (const key of keep) coming.delete(key)
+          }
+          receiver.done.then(() => {
+            ended()
+            keep.forEach((key, i) => cache.put(key, blocks[i]!))
+          }, ended) // the blocks stay unknown, which costs a later miss
         }
-        return { wanted, transferId, creditBytes: limits.kvWindowBytes }
+        return Effect.succeed({ wanted, transferId, creditBytes: limits.kvWindowBytes })
       }).pipe(
         Effect.tap(({ wanted }) => Effect.annotateCurrentSpan(attributes.movedBlocks, wanted.filter(Boolean).length)),
         Effect.withSpan(spans.kvStorePut, { kind: "server", attributes: messageAttributes(link, subject(cluster, "kv-store", anyId, Put.verb)) }),

@@ -5,6 +5,7 @@ import { Schema } from "effect"
 import { limits } from "../../config/limits.ts"
 import { defineStream, defineTell, pack, readFrame, unpack } from "../runtime/codec.ts"
 import { Fault } from "../runtime/fault.ts"
+import { CreditBytes, TransferId } from "./kv-transfer.ts"
 import { Sampling } from "./sampling.ts"
 
 const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
@@ -48,7 +49,7 @@ export const Finish = defineTell("finish", Schema.Struct({ transferId: Schema.St
 
 /** What the receiver of KV opens, and prefill sends into. */
 export const Transfer = Schema.Struct({
-  id: Schema.String,
+  id: TransferId,
   worker: Schema.String,
   /** Of the receiving worker: prefill of the same worker hands over a block table instead of bytes. */
   epoch: count,
@@ -56,7 +57,7 @@ export const Transfer = Schema.Struct({
   /** Leading tokens that decode holds already. */
   prefixTokens: count,
   /** Bytes of chunks that decode lets be on their way. */
-  creditBytes: count,
+  creditBytes: CreditBytes,
   /** Name of the receiving machine. */
   node: Schema.optional(Schema.String),
 })

@@ -3,16 +3,25 @@
  * The blocks themselves go by transfer, as between workers.
  */
 import { Schema } from "effect"
+import { limits } from "../../config/limits.ts"
 import { defineAsk } from "../runtime/codec.ts"
 import { kvDtypes } from "./kv-chunk.ts"
+import { CreditBytes, TransferId } from "./kv-transfer.ts"
 
-const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
+const upTo = (maximum: number) => Schema.Int.check(Schema.isBetween({ minimum: 1, maximum }))
+/** As wide as in the head of a chunk. */
+const place = Schema.Int.check(Schema.isBetween({ minimum: 0, maximum: 0xffffffff }))
 
 const Blocks = { formatId: Schema.String, hashes: Schema.Uint8Array } // [n, 16]
 export type BlocksMessage = { readonly formatId: string; readonly hashes: Uint8Array }
 
-/** How the bytes of a block are divided: layers of `layerBlockBytes` each. */
-export const KvLayoutMessage = Schema.Struct({ dtype: Schema.Literals(kvDtypes), blockTokens: count, layers: count, layerBlockBytes: count })
+/** How the bytes of a block are divided: layers of `layerBlockBytes` each. Bounded, since room is made after its word. */
+export const KvLayoutMessage = Schema.Struct({
+  dtype: Schema.Literals(kvDtypes),
+  blockTokens: upTo(limits.kvBlockTokens),
+  layers: upTo(limits.kvLayers),
+  layerBlockBytes: upTo(limits.kvLayerBlockBytes),
+}).check(Schema.makeFilter(({ layers, layerBlockBytes }) => layers * layerBlockBytes <= limits.kvBlockBytes || `a block of more than ${limits.kvBlockBytes} bytes`))
 
 /** Which of the blocks are here. */
 export const Have = defineAsk("have", Schema.Struct(Blocks), Schema.Struct({ present: Schema.Array(Schema.Boolean) }))
@@ -20,7 +29,7 @@ export const Have = defineAsk("have", Schema.Struct(Blocks), Schema.Struct({ pre
 /** Sends these blocks into a transfer that the asker has opened: all of them, or none where one is not here any more. */
 export const Get = defineAsk(
   "get",
-  Schema.Struct({ ...Blocks, layout: KvLayoutMessage, transferId: Schema.String, firstBlock: count, creditBytes: count }),
+  Schema.Struct({ ...Blocks, layout: KvLayoutMessage, transferId: TransferId, firstBlock: place, creditBytes: CreditBytes }),
   Schema.Struct({ sent: Schema.Boolean }),
 )
 
@@ -31,5 +40,5 @@ export const Get = defineAsk(
 export const Put = defineAsk(
   "put",
   Schema.Struct({ ...Blocks, layout: KvLayoutMessage }),
-  Schema.Struct({ wanted: Schema.Array(Schema.Boolean), transferId: Schema.String, creditBytes: count }),
+  Schema.Struct({ wanted: Schema.Array(Schema.Boolean), transferId: TransferId, creditBytes: CreditBytes }),
 )

@@ -3,9 +3,16 @@
  * message holds the whole state, so that one that is lost, doubled or late does no harm.
  */
 import { Schema } from "effect"
+import { limits } from "../../config/limits.ts"
 import { defineTell } from "../runtime/codec.ts"
 
 const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
+
+/** 16 bytes as hex, as in the head of a chunk. It becomes part of subjects, so nothing else may stand there. */
+export const TransferId = Schema.String.check(Schema.isPattern(/^[0-9a-f]{32}$/))
+
+/** Bytes of chunks that a receiver lets be on their way: what it says is also what a sender may have to hold. */
+export const CreditBytes = Schema.Int.check(Schema.isBetween({ minimum: 1, maximum: limits.kvCreditBytes }))
 
 /** From the sender: chunks sent so far; `final` once there will be no more. Sent at the end, and again while unanswered. */
 export const KvProgressMessage = Schema.Struct({

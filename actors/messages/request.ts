@@ -51,7 +51,7 @@ export const GenerateMessage = Schema.Struct({
 export type GenerateMessage = typeof GenerateMessage.Type
 export const Generate = defineStream("generate", GenerateMessage)
 
-export const Tokenize = defineAsk("tokenize", Schema.Struct({ content: Schema.String }), Schema.Struct({ tokens: Schema.Array(count) }))
+export const Tokenize = defineAsk("tokenize", Schema.Struct({ content: Schema.String }), Schema.Struct({ tokens: Schema.Uint8Array })) // int32 little-endian
 export const Detokenize = defineAsk("detokenize", Schema.Struct({ tokens: Schema.Array(count) }), Schema.Struct({ content: Schema.String }))
 
 /** One token with its log probability and the most likely ones at its place; `bytes` is its text as UTF-8, maybe in part. */

@@ -5,6 +5,8 @@ import { Schema } from "effect"
 import { defineAsk, defineTell } from "../runtime/codec.ts"
 
 const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
+/** What the policies divide by, and what everybody has at least one of. */
+const positive = Schema.Int.check(Schema.isGreaterThanOrEqualTo(1))
 
 export const Role = Schema.Literals(["prefill", "decode"])
 export type Role = typeof Role.Type
@@ -47,11 +49,11 @@ export const Release = defineTell("release", Schema.Struct({ requestId: Schema.S
 export const WorkerLoad = Schema.Struct({
   sequences: count,
   waiting: count,
-  maxBatch: count,
+  maxBatch: positive,
   blocks: count,
   /** Neither referenced nor cached, or cached and so to be had. */
   freeBlocks: count,
-  blockTokens: count,
+  blockTokens: positive,
 })
 export type WorkerLoad = typeof WorkerLoad.Type
 

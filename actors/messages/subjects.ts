@@ -50,8 +50,8 @@ const conversations: ReadonlyArray<Conversation> = [
   { from: "worker", to: "kv-store", verbs: verbs(Have, Get, Put) },
 ]
 
-/** Who moves KV: transfers have subjects of their own, and a worker may be at either end. */
-const movesKv: ReadonlySet<ProcessKind> = new Set(["worker"])
+/** Who moves KV: transfers have subjects of their own, and each of these may be at either end. */
+const movesKv: ReadonlySet<ProcessKind> = new Set(["worker", "kv-store"])
 
 /** Who listens to what is said about who serves; every process but the gateway says so. */
 const watchesPresence: ReadonlySet<ProcessKind> = new Set(["gateway", "request"])

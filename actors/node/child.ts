@@ -2,6 +2,7 @@
  * The process of one component: it is told what to run over its channel to the supervisor, and runs it until it is told to
  * stop or the supervisor is gone. It ignores what is meant for the whole group, such as Ctrl-C.
  */
+import { setTimeout as setTimeoutPromise } from "node:timers/promises"
 import { Deferred, Effect } from "effect"
 import { readEnv } from "../../config/env.ts"
 import { limits } from "../../config/limits.ts"
@@ -13,12 +14,24 @@ import type { ChildOrder, ChildReport } from "./component-process.ts"
 
 const report = (message: ChildReport): Promise<void> => new Promise((resolve) => (process.connected ? process.send?.(message, () => resolve()) : resolve()))
 
+/** Says again and again that this process has not stopped; its supervisor kills it when it hears nothing. */
+const sayAlive = async (): Promise<never> => {
+  for (;;) {
+    await report({ type: "alive" })
+    await setTimeoutPromise(limits.heartbeatIntervalMs)
+  }
+}
+
 process.on("SIGINT", () => {})
 process.on("SIGHUP", () => {})
 
 const run = async ({ component, topology, model, nats }: ChildOrder): Promise<number> => {
   const stop = Deferred.makeUnsafe<void>()
-  const stopNow = () => Effect.runSync(Effect.asVoid(Deferred.succeed(stop, undefined)))
+  const stopNow = () => {
+    // A shutdown that hangs is cut off, also where nobody is left to kill this process.
+    setTimeout(() => process.exit(1), limits.shutdownDeadlineMs).unref()
+    Effect.runSync(Deferred.succeed(stop, undefined))
+  }
   process.on("SIGTERM", stopNow)
   process.on("disconnect", stopNow)
   const name = `${component.kind} ${component.id}`
@@ -30,7 +43,10 @@ const run = async ({ component, topology, model, nats }: ChildOrder): Promise<nu
       Effect.tryPromise({ try: () => connectBuses({ ...nats, name, inboxPrefix: prefix }), catch: (error) => error as Error }),
       ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])),
     )
-    const ready = Effect.promise(() => report({ type: "ready" }))
+    const ready = Effect.promise(async () => {
+      await report({ type: "ready" })
+      void sayAlive()
+    })
     yield* Effect.raceFirst(runComponent(component, Date.now(), { topology, model, env, buses }, ready), Deferred.await(stop))
   })
   try {

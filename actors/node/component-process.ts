@@ -18,7 +18,7 @@ export interface ChildOrder {
   readonly nats: NatsAddress
 }
 
-export type ChildReport = { readonly type: "ready" } | { readonly type: "failed"; readonly message: string }
+export type ChildReport = { readonly type: "ready" } | { readonly type: "alive" } | { readonly type: "failed"; readonly message: string }
 
 const program = fileURLToPath(new URL("./child.ts", import.meta.url))
 
@@ -46,15 +46,41 @@ export const componentProcess = (order: ChildOrder, ready: Effect.Effect<void>):
     const serving = Effect.callback<void>((resume) => {
       child.on("message", (report: ChildReport) => {
         if (report.type === "ready") resume(Effect.void)
-        else said = report.message
+        else if (report.type === "failed") said = report.message
       })
       child.send(order)
     }).pipe(
       Effect.timeoutOrElse({ duration: limits.componentStartDeadlineMs, orElse: () => Effect.fail(new WorkerError(`${name} did not serve within ${limits.componentStartDeadlineMs} ms`)) }),
       Effect.andThen(ready),
-      Effect.andThen(Effect.never),
+      Effect.andThen(silent(child)),
+      Effect.andThen(Effect.fail(new WorkerError(`${name} (process ${child.pid}) is silent and is killed`))),
     )
     return yield* Effect.raceFirst(ended, serving)
+  })
+
+/** A restart costs more than being passed over, so a process is silent for longer than a member before it is killed. */
+const silentBeats = Math.ceil((2 * limits.heartbeatSilenceMs) / limits.heartbeatIntervalMs)
+
+/**
+ * Waits until a process says nothing for too long, and kills it: one that is stopped heeds no other signal. It is heard over
+ * its channel rather than the bus, whose outage says nothing of the process. Beats are counted, not time: where this process
+ * itself was stopped, words that wait for it are read before the next beat.
+ */
+const silent = (child: ChildProcess): Effect.Effect<void> =>
+  Effect.callback<void>((resume) => {
+    let beats = 0
+    const heard = () => (beats = 0)
+    const timer = setInterval(() => {
+      if (++beats < silentBeats) return
+      clearInterval(timer)
+      child.kill("SIGKILL")
+      resume(Effect.void)
+    }, limits.heartbeatIntervalMs)
+    child.on("message", heard)
+    return Effect.sync(() => {
+      clearInterval(timer)
+      child.removeListener("message", heard)
+    })
   })
 
 /** SIGTERM, and SIGKILL for one that does not heed it in time. */

@@ -101,7 +101,9 @@ const runWorker = (id: string, epoch: number, context: ComponentContext, ready: 
     const { roles, maxBatch, threads, kv } = topology.workers[index]!
     const gguf = yield* readModel(model)
     const { blocks, contextTokens, layerBlockBytes } = (yield* attempt(() => planWorkers(gguf, topology)))[index]!
-    if (topology.workers.some((other) => other.roles.length === 1)) yield* attempt(() => checkChunkFits(buses.bulk, { layerBlockBytes, blockTokens: kv.blockTokens }))
+    // KV leaves the process wherever there is a bus to others, at least for the store; in one process, where roles are apart.
+    const movesChunks = buses.bulk.name !== "memory" || topology.workers.some((other) => other.roles.length === 1)
+    if (movesChunks) yield* attempt(() => checkChunkFits(buses.bulk, { layerBlockBytes, blockTokens: kv.blockTokens }))
     const kernels = {
       path: model.path,
       blocks,

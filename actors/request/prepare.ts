@@ -45,11 +45,21 @@ const tokenise = ({ tokenizer, template, contextTokens }: ServedModel, prompt: G
   }
 }
 
+/** A fault of the work is one of this field, where it names none. */
+const named = <A>(param: string, work: () => A): A => {
+  try {
+    return work()
+  } catch (error) {
+    if (!(error instanceof Fault) || error.param !== undefined) throw error
+    throw new Fault({ ...error, code: error.code, message: `${param}: ${error.message}`, hop: error.hop, param })
+  }
+}
+
 /** Throws a Fault that names the field at fault. */
 export const prepare = (model: ServedModel, message: GenerateMessage): Prepared => {
   const { tokenizer, contextTokens } = model
-  const prompt = tokenise(model, message.prompt)
   const param = message.prompt.kind === "chat" ? "messages" : "prompt"
+  const prompt = named(param, () => tokenise(model, message.prompt))
   if (prompt.length === 0) throw new Fault({ code: "invalid_request", message: `${param}: there are no tokens in it`, hop, param })
   const outside = prompt.find((token) => token < 0 || token >= tokenizer.vocabulary)
   if (outside !== undefined) throw new Fault({ code: "invalid_request", message: `${param}: token ${outside} is not in 0 … ${tokenizer.vocabulary - 1}`, hop, param })

@@ -10,6 +10,7 @@ import type { StreamWriter } from "../runtime/stream-writer.ts"
 import { Detokenize, Generate, Tokenize, type GenerateMessage } from "../messages/request.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 import type { Members } from "../presence/members.ts"
+import { packTokens } from "../messages/tokens.ts"
 import { generate } from "./generate.ts"
 import { prepare, type ServedModel } from "./prepare.ts"
 
@@ -64,7 +65,7 @@ export const requestActor = (options: RequestActorOptions): Effect.Effect<void, 
 
   return actor(link, [
     onStream(Generate, places(Generate.verb), serve),
-    onAsk(Tokenize, places(Tokenize.verb), ({ content }) => Effect.sync(() => ({ tokens: tokenizer.encode(content, { special: true }) }))),
+    onAsk(Tokenize, places(Tokenize.verb), ({ content }) => Effect.try({ try: () => ({ tokens: packTokens(tokenizer.encode(content, { special: true })) }), catch: (error) => Fault.from(error, link.sender) })),
     onAsk(Detokenize, places(Detokenize.verb), ({ tokens }) => detokenize(tokens)),
   ])
 }

@@ -1,5 +1,6 @@
 import { Tokenizer as BytePairEncoder } from "@huggingface/tokenizers"
 import type { Gguf, GgufValue } from "../../kernels/index.ts"
+import { Fault } from "../runtime/fault.ts"
 import { byteLevel } from "./byte-level.ts"
 import { preTokenizer, words, type PreTokenizer } from "./pre-tokenizer.ts"
 
@@ -26,8 +27,8 @@ const endTexts: ReadonlySet<string> = new Set([
 /** Words whose ids are remembered; text repeats its words, so that most of it never reaches BPE. */
 const cachedWords = 32_768
 const cachedWordChars = 64
-/** Beyond this a word is no word any more, and what it costs to merge is looked at first. */
-const longWordChars = 4096
+/** Merging costs more than its length: beyond this a word is refused, so that no prompt stops everybody else. */
+const longestWordChars = 4096
 
 const list = <T extends string | number>(metadata: ReadonlyMap<string, GgufValue>, key: string, type: "string" | "number"): ReadonlyArray<T> => {
   const value = metadata.get(key)
@@ -75,7 +76,6 @@ export class Tokenizer {
   readonly #always: RegExp | undefined // user-defined tokens
   readonly #withControl: RegExp | undefined // user-defined and control tokens
   readonly #words = new Map<string, ReadonlyArray<number>>()
-  readonly #longestEntry: number
 
   /**
    * @param metadata of a GGUF file with a byte-level BPE vocabulary
@@ -97,7 +97,6 @@ export class Tokenizer {
     const added = new Map<string, number>()
     const userDefined: Array<string> = []
     const control: Array<string> = []
-    let longest = 1
     for (const [id, entry] of this.#entries.entries()) {
       const type = this.#types[id]
       if (type === tokenType.control || type === tokenType.userDefined) {
@@ -107,10 +106,8 @@ export class Tokenizer {
         else userDefined.push(entry)
       } else {
         vocab[entry] = id
-        if (entry.length > longest) longest = entry.length
       }
     }
-    this.#longestEntry = longest
     this.#added = added
     this.controlTexts = control
     this.#always = alternatives(userDefined)
@@ -144,7 +141,7 @@ export class Tokenizer {
     this.endOfGeneration = new Set([...ends, ...control.filter((entry) => endTexts.has(entry)).map((entry) => added.get(entry) ?? -1)])
   }
 
-  /** Token ids of `text`. A byte that the vocabulary has no token for is left out, as llama.cpp does. */
+  /** Token ids of `text`; throws a Fault for a word that is too long. A byte that the vocabulary has no token for is left out, as llama.cpp does. */
   encode(text: string, options: EncodeOptions): Array<number> {
     const limit = options.limit ?? Number.POSITIVE_INFINITY
     const ids: Array<number> = options.bos === true && this.addBos && this.bos !== undefined ? [this.bos] : []
@@ -190,28 +187,12 @@ export class Tokenizer {
   #encodePlain(text: string, limit: number, ids: Array<number>): void {
     if (text === "") return
     for (const word of words(text, this.#pre.stages)) {
-      // A word cannot have fewer tokens than this; merging a megabyte only to refuse it would stall every stream.
-      if (ids.length + word.length / this.#longestIn(word) > limit) {
-        for (let missing = limit + 1 - ids.length; missing > 0; missing--) ids.push(0)
-        return
+      if (word.length > longestWordChars) {
+        throw new Fault({ code: limit === Number.POSITIVE_INFINITY ? "invalid_request" : "context_length_exceeded", message: `a run of ${word.length} characters without a break is longer than the ${longestWordChars} that are tokenised`, hop: "tokenizer" })
       }
       for (const id of this.#encodeWord(word)) ids.push(id)
       if (ids.length > limit) return
     }
-  }
-
-  /** Length of the longest entry that could stand in `word`; for a very long word, of those made of its characters only. */
-  #longestIn(word: string): number {
-    if (word.length <= longWordChars) return this.#longestEntry
-    const chars = new Set(byteLevel.write(word))
-    let longest = 1
-    for (const entry of this.#entries) {
-      if (entry.length <= longest) continue
-      let all = true
-      for (let i = 0; all && i < entry.length; i++) all = chars.has(entry[i] ?? "")
-      if (all) longest = entry.length
-    }
-    return longest
   }
 
   #encodeWord(word: string): ReadonlyArray<number> {

@@ -114,6 +114,8 @@ export class StreamReader implements AsyncIterable<Uint8Array> {
         if (this.#outcome !== undefined) return
         if (frameNumber(delivery.data) !== this.#expected) return this.#break(`frame ${this.#expected} was lost`)
         if (delivery.data[0] === frameKind.end) return this.#settle(undefined)
+        // A writer that minds no credits would fill this side's memory.
+        if (this.#expected >= this.#granted) return this.#break("more frames than were granted came")
         this.#expected++
         if (this.#waiting === undefined) {
           this.#frames.push(payload)

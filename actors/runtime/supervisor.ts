@@ -2,8 +2,14 @@
  * Restarts what fails: its Scope is closed, so that everything it owned is freed, and it starts clean, after a delay that
  * doubles while it keeps failing.
  */
-import { Cause, Deferred, Effect, Exit, type Scope } from "effect"
+import { Cause, Deferred, Effect, Exit, Option, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
+
+/** What was to be expected is said in its own words; anything else shows where it happened. */
+const reason = <E>(cause: Cause.Cause<E>): string => {
+  const failure = Cause.hasDies(cause) ? undefined : Option.getOrUndefined(Cause.findErrorOption(cause))
+  return failure instanceof Error ? failure.message : Cause.pretty(cause)
+}
 
 /** Runs until it fails; calls `ready` when it serves. */
 export type Supervised<E> = (ready: Effect.Effect<void>) => Effect.Effect<never, E, Scope.Scope>
@@ -25,7 +31,7 @@ export const supervise = <E>(name: string, body: Supervised<E>): Effect.Effect<v
       const exit = yield* Effect.exit(Effect.scoped(body(ready)))
       if (Exit.isSuccess(exit)) return exit.value
       if (yield* Deferred.failCause(started, exit.cause)) return yield* Effect.interrupt
-      console.error(`${name} failed and is restarted in ${delayMs} ms: ${Cause.pretty(exit.cause)}`)
+      console.error(`${name} failed and is restarted in ${delayMs} ms: ${reason(exit.cause)}`)
       yield* Effect.sleep(delayMs)
       delayMs = Math.min(delayMs * 2, limits.restartDelayMaxMs)
     })

@@ -148,7 +148,11 @@ export class ClusterState {
 
   #forget(worker: string): void {
     this.workers.delete(worker)
-    for (const [key, charge] of [...this.charges]) if (charge.decode === worker || charge.prefill === worker) this.charges.delete(key)
+    for (const [key, charge] of [...this.charges]) {
+      if (charge.decode === worker) this.charges.delete(key)
+      // Its decode worker serves it still, or computes the prompt itself: the sequence keeps its place there.
+      else if (charge.prefill === worker) charge.computeTokens = 0
+    }
   }
 }
 

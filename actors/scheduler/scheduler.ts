@@ -41,8 +41,10 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
 
     /** A placement, a refusal, or undefined: there is no room now. */
     const decide = (request: PlaceMessage, nowMs: number): Placement | Fault | undefined => {
-      const prefill = state.candidates("prefill", request)
       const decode = state.candidates("decode", request)
+      const prefillers = state.candidates("prefill", request)
+      // Every worker can compute a prompt: where none is left whose role it is, those that decode do both.
+      const prefill = prefillers.length > 0 ? prefillers : decode
       if (prefill.length === 0 || decode.length === 0) return fault("unavailable", `no worker ${prefill.length === 0 ? "prefills" : "decodes"} now`)
       const largest = Math.max(...decode.map(({ load }) => load.maxBatch))
       if (request.choices > largest) return fault("invalid_request", `n: ${request.choices} choices are more than the ${largest} sequences that a worker decodes at once`, "n")
@@ -57,12 +59,22 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       return { prefill: chosen.prefill.id, decode: chosen.decode.id, prefixBlocks: chosen.prefixBlocks, estimates: { queuedTokens, computeTokens }, epoch: link.epoch }
     }
 
+    /** As `decide`; a request that breaks it is refused, since those behind it would wait for ever. */
+    const decideOrRefuse = (request: PlaceMessage, nowMs: number): Placement | Fault | undefined => {
+      try {
+        return decide(request, nowMs)
+      } catch (error) {
+        console.error(`${link.sender}: ${request.requestId} cannot be placed: ${error instanceof Error ? error.message : String(error)}`)
+        return Fault.from(undefined, link.sender)
+      }
+    }
+
     const settle = ({ placed }: Waiting, decision: Placement | Fault) => Deferred.done(placed, decision instanceof Fault ? Exit.fail(decision) : Exit.succeed(decision))
 
     const drain = Effect.gen(function* () {
       const nowMs = yield* Clock.currentTimeMillis
       for (let first = waiting[0]; first !== undefined; first = waiting[0]) {
-        const decision = decide(first.request, nowMs)
+        const decision = decideOrRefuse(first.request, nowMs)
         if (decision === undefined) return
         waiting = waiting.slice(1)
         yield* settle(first, decision)
@@ -117,7 +129,10 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       yield* Effect.sleep(limits.heartbeatIntervalMs)
       state.sweep(yield* Clock.currentTimeMillis)
       yield* drain
-    })
+    }).pipe(
+      // Without its sweep the scheduler would place on the dead for ever.
+      Effect.catchDefect((error) => Effect.sync(() => console.error(`${link.sender}: sweep: ${error instanceof Error ? error.message : String(error)}`))),
+    )
     yield* Effect.forkScoped(Effect.forever(sweep))
     yield* actor(link, [
       onAsk(Place, here(Place.verb), place, { concurrent: true }),

@@ -1,20 +1,28 @@
 /** The KV store: what it keeps, what it forgets, and that a prefix found there gives the tokens that computing it gives. */
 import { randomUUID } from "node:crypto"
+import { mkdtempSync, rmSync } from "node:fs"
+import { tmpdir } from "node:os"
+import { join } from "node:path"
 import { Effect } from "effect"
 import fc from "fast-check"
-import { afterEach, beforeEach, describe, expect, it } from "vitest"
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest"
+import { readEnv } from "../../config/env.ts"
 import { limits } from "../../config/limits.ts"
+import { loadTopology } from "../../config/load-topology.ts"
 import { chainHashes, hashRoot } from "../../actors/engine/block-hash.ts"
 import { Engine } from "../../actors/engine/engine.ts"
+import type { KvLayout } from "../../actors/engine/worker.ts"
 import { bufferSink, bufferSource } from "../../actors/kv-store/block-buffers.ts"
 import { BlockCache } from "../../actors/kv-store/block-cache.ts"
 import { kvStoreActor } from "../../actors/kv-store/kv-store.ts"
 import { packHashes } from "../../actors/messages/hashes.ts"
 import { Get, Have, Put } from "../../actors/messages/kv-store.ts"
 import { anyId, subject } from "../../actors/messages/subjects.ts"
+import { runComponent } from "../../actors/node/component.ts"
 import { fetchPrefix } from "../../actors/prefill/fetch-prefix.ts"
 import { StoreWriter } from "../../actors/decode/store-writer.ts"
-import type { MessageType } from "../../actors/runtime/codec.ts"
+import { header } from "../../actors/runtime/bus.ts"
+import { encodeFault, type MessageType } from "../../actors/runtime/codec.ts"
 import { Fault } from "../../actors/runtime/fault.ts"
 import { TransferReceiver } from "../../actors/transfer/transfer-receiver.ts"
 import { TransferSender } from "../../actors/transfer/transfer-sender.ts"
@@ -24,6 +32,7 @@ import { Cluster } from "../support/cluster.ts"
 import { FakeKernels } from "../support/fake-kernels.ts"
 import { Generation, specOf } from "../support/generation.ts"
 import { testScope, until, type TestScope } from "../support/scoped.ts"
+import { writeTinyModel } from "../support/tiny-model.ts"
 
 const upTo = (count: number): Array<number> => Array.from({ length: count }, (_, i) => i)
 /** The layout of FakeKernels' blocks of 4 tokens. */
@@ -61,6 +70,19 @@ describe("a block cache", () => {
     )
   })
 
+  it("makes room for what is coming before it comes, and for no more than there is", () => {
+    const cache = new BlockCache(10)
+    for (const key of ["a", "b"]) cache.put(key, new Uint8Array(5))
+    expect(cache.reserve(4)).toBe(true)
+    expect([cache.has("a"), cache.has("b"), cache.bytes]).toEqual([false, true, 5])
+    expect(cache.reserve(7)).toBe(false)
+    expect(cache.has("b")).toBe(true)
+    expect(cache.put("c", new Uint8Array(7))).toBe(false)
+    cache.release(4)
+    expect(cache.put("d", new Uint8Array(4))).toBe(true)
+    expect(cache.bytes).toBe(9)
+  })
+
   it("refuses what is larger than all of it, and keeps what it has", () => {
     const cache = new BlockCache(10)
     cache.put("a", new Uint8Array(10))
@@ -86,7 +108,7 @@ describe("a KV store", () => {
 
   const to = (verb: string) => subject("test", "kv-store", anyId, verb)
   const hop = { hop: "kv-store" }
-  const layoutOf = (size: number) => ({ dtype: "f16", blockTokens: 4, layers: 1, layerBlockBytes: size }) as const
+  const layoutOf = (size: number): KvLayout => ({ dtype: "f16", blockTokens: 4, layers: 1, layerBlockBytes: size })
   const ends = { get control() { return bus }, get bulk() { return bus }, cluster: "test", creditBytes: 1 << 20, hop: "kv-store" }
   const ask = <A, R>(type: MessageType<A, R, "ask">, message: A) => Effect.runPromise(link.ask(type, to(type.verb), message, hop))
   const have = async (numbers: ReadonlyArray<number>, formatId = "f") => (await ask(Have, { formatId, hashes: packHashes(numbers.map(hash)) })).present
@@ -122,7 +144,6 @@ describe("a KV store", () => {
     expect(await get([1, 2, 3])).toEqual([1, 2, 3])
     expect(await get([3, 4, 5])).toBeUndefined()
     expect(await get([])).toBeUndefined()
-    expect(await get([1], "f", 12)).toBeUndefined() // of another size than the asker's
   })
 
   it("keeps formats apart", async () => {
@@ -136,10 +157,10 @@ describe("a KV store", () => {
     await get([0], "f", 100)
     expect(await put(0, block(99, 100))).toBe(false) // here already: only touched
     await put(10, block(10, 100))
-    await put(11, block(11, 200))
-    expect(await have(upTo(12))).toEqual([true, false, false, false, ...upTo(8).map(() => true)])
+    await put(11, block(11, 200), "large")
+    expect([await have(upTo(11)), await have([11], "large")]).toEqual([[true, false, false, false, ...upTo(7).map(() => true)], [true]])
     expect(await get([0], "f", 100)).toEqual([0])
-    expect(await put(12, block(12, 1001))).toBe(false)
+    expect(await put(12, block(12, 1001), "larger")).toBe(false)
   })
 
   it("shows nothing of a put that has come only in part, and forgets it when its sender gives up", async () => {
@@ -153,11 +174,63 @@ describe("a KV store", () => {
   })
 
   it("wants nothing more while as many transfers are open as it may have, and goes on when they end", async () => {
-    const open = await Promise.all(upTo(limits.storeTransfers).map((n) => putAll([[n, block(n)], [1000 + n, block(n)]], "f", 1)))
-    expect(await put(5000, block(1))).toBe(false)
+    const open = await Promise.all(upTo(limits.storeTransfers).map((n) => putAll([[n, block(n, 5)], [1000 + n, block(n, 5)]], "f", 1)))
+    expect(await put(5000, block(1, 5))).toBe(false)
     for (const { sender } of open) sender!.fail(new Fault({ code: "cancelled", message: "gone", hop: "test" }))
     await new Promise((resolve) => setImmediate(resolve))
-    expect(await put(5000, block(1))).toBe(true)
+    expect(await put(5000, block(1, 5))).toBe(true)
+  })
+
+  const gone = new Fault({ code: "cancelled", message: "gone", hop: "test" })
+
+  it("wants no more than it has room for beside what is coming, and more when that has come or is given up", async () => {
+    for (const n of [1, 2]) await put(n, block(n, 300))
+    const first = await putAll(upTo(4).map((n) => [10 + n, block(n, 300)] as const), "f", 1)
+    expect(first.wanted).toEqual([true, true, true, false])
+    expect(await have([1, 2])).toEqual([false, false]) // their room is reserved
+    expect(await put(20, block(1, 300))).toBe(false)
+    first.sender!.fail(gone)
+    expect((await putAll(upTo(3).map((n) => [20 + n, block(n, 300)] as const))).wanted).toEqual([true, true, true])
+    expect(await have([20, 21, 22])).toEqual([true, true, true])
+    expect(await put(30, block(1, 300))).toBe(true)
+  })
+
+  it("wants a block that is on its way, or named twice, once; and again when it did not come", async () => {
+    const first = await putAll([[1, block(1)], [2, block(2)], [1, block(1)]], "f", 1)
+    expect(first.wanted).toEqual([true, true, false])
+    expect((await putAll([[2, block(2)], [3, block(3)]])).wanted).toEqual([false, true])
+    expect(await put(2, block(2), "another")).toBe(true)
+    first.sender!.fail(gone)
+    expect((await putAll([[1, block(1)], [2, block(2)], [3, block(3)]])).wanted).toEqual([true, true, false])
+  })
+
+  const refusal = (asked: Promise<unknown>) => asked.then(() => undefined, (fault: Fault) => fault)
+
+  it("takes the layout of a format from its first put, and refuses others by name", async () => {
+    await put(1, block(1))
+    const refused = { code: "invalid_request", message: expect.stringMatching(/kv-store k0: format f has blocks of 1 layers of 10 bytes .*, not of 1 layers of 12 bytes/) }
+    expect(await refusal(put(2, block(2, 12)))).toMatchObject(refused)
+    expect(await refusal(get([1], "f", 12))).toMatchObject(refused)
+    expect(await put(2, block(2, 12), "another")).toBe(true)
+    expect(await get([1])).toEqual([1])
+    for (const n of upTo(limits.storeFormats)) await put(1, block(1, 1), `format ${n}`)
+    expect(await put(2, block(2, 12))).toBe(true) // long ago, and forgotten; its blocks of another size are not sent for these
+    expect(await get([1, 2], "f", 12)).toBeUndefined()
+  })
+
+  it("refuses a layout, a transfer id, a credit or a place that is none, by the field's name", async () => {
+    const good = { formatId: "f", hashes: packHashes([hash(1)]), layout: layoutOf(10), transferId: "0123456789abcdef".repeat(2), firstBlock: 0, creditBytes: 1 }
+    const layouts = [{ layers: 0 }, { layers: limits.kvLayers + 1 }, { layerBlockBytes: 0 }, { layerBlockBytes: limits.kvLayerBlockBytes + 1 }, { blockTokens: 1.5 }]
+    for (const wrong of layouts) {
+      const refused = { code: "invalid_request", message: expect.stringContaining(Object.keys(wrong)[0]!) }
+      const asked = { ...good, layout: { ...good.layout, ...wrong } }
+      for (const answer of [ask(Put, asked), ask(Get, asked)]) expect(await refusal(answer)).toMatchObject(refused)
+    }
+    const huge = { ...good, layout: { ...good.layout, layers: limits.kvLayers, layerBlockBytes: limits.kvLayerBlockBytes } }
+    expect(await refusal(ask(Put, huge))).toMatchObject({ code: "invalid_request", message: expect.stringContaining(String(limits.kvBlockBytes)) })
+    for (const wrong of [{ transferId: "a" }, { transferId: `${"0".repeat(31)}*` }, { transferId: `${good.transferId}\n` }, { creditBytes: 0 }, { creditBytes: limits.kvCreditBytes + 1 }, { firstBlock: -1 }, { firstBlock: 2 ** 53 }])
+      expect(await refusal(ask(Get, { ...good, ...wrong }))).toMatchObject({ code: "invalid_request", message: expect.stringContaining(Object.keys(wrong)[0]!) })
+    expect(await ask(Get, good)).toEqual({ sent: false })
   })
 
   describe("for a worker's engine", () => {
@@ -255,6 +328,55 @@ describe("a conversation whose blocks have left the pool", () => {
     await cluster.untilIdle()
     await cluster.stop()
   })
+})
+
+it("a worker of both roles does not start where its blocks would not fit the bus to the store, and does without a bus to others", async () => {
+  const folder = mkdtempSync(join(tmpdir(), "penstock-kv-store-"))
+  const path = join(folder, "tiny.gguf")
+  await writeTinyModel(path)
+  const { topology } = loadTopology("config/topologies/single.yaml", {})
+  const model = { name: "tiny", aliases: [], path, sha256: "0".repeat(64) }
+  const start = (name: "memory" | "nats") => {
+    const bus = Object.assign(new MemoryBus({ maxPayloadBytes: 1000 }), { name })
+    const serving = Effect.die("it serves")
+    return Effect.runPromise(Effect.scoped(Effect.exit(runComponent({ kind: "worker", id: topology.workers[0]!.name }, 1, { topology, model, env: readEnv({}), buses: { control: bus, bulk: bus } }, serving)))).finally(() => bus.close())
+  }
+  expect(String(await start("nats"))).toMatch(/bus nats: its messages hold 1000 bytes.*lower kv\.blockTokens/)
+  expect(String(await start("memory"))).toContain("it serves")
+  rmSync(folder, { recursive: true })
+})
+
+it("a store that refuses what is computed is told of once, and once more when it has worked in between", async () => {
+  const bus = new MemoryBus()
+  const scope = testScope()
+  const complaint = vi.spyOn(console, "error").mockImplementation(() => {})
+  const link = new Link(bus, "store-writer w0", 1)
+  const writer = new StoreWriter()
+  const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
+  await scope.start(writer.run({ link, buses: { control: bus, bulk: bus }, cluster: "test", worker: { engine, formatId: "f", kv } }))
+  let asked = 0
+  const storeOne = async () => {
+    const before = asked
+    writer.stored(hash(asked))
+    await until(() => asked > before)
+  }
+  const refused = new Fault({ code: "overloaded", message: "kv-store k0: no room at all", hop: "kv-store" })
+  let answer: Fault | undefined
+  bus.subscribe(subject("test", "kv-store", anyId, Have.verb), ({ reply }) => {
+    asked++
+    if (answer === undefined) link.reply(Have, reply!, { present: [true] })
+    else bus.publish(reply!, encodeFault(answer), { headers: { [header.fault]: answer.code } })
+  })
+  for (const next of [refused, refused, undefined, refused]) {
+    answer = next
+    await storeOne()
+  }
+  await until(() => complaint.mock.calls.length === 2)
+  for (const [line] of complaint.mock.calls) expect(line).toMatch(/^store-writer w0: .*KV store.*no room at all$/)
+  complaint.mockRestore()
+  await scope.close()
+  await engine.close()
+  await bus.close()
 })
 
 it("a store that does not answer costs a deadline and not the answer", async () => {

@@ -18,7 +18,8 @@ const tokenEvent: fc.Arbitrary<TokenEvent> = fc
   .record({ choice: fc.integer({ min: 0, max: 65_535 }), index: fc.integer({ min: 0, max: 2 ** 32 - 1 }), token: int32, logprob: float32, finish: fc.constantFrom(...finishReasons), width: fc.integer({ min: 0, max: limits.topLogprobs }) })
   .chain(({ width, ...event }) => tops(width).map((lists) => ({ ...event, ...lists })))
 
-const transfer: fc.Arbitrary<Transfer> = fc.record({ id: fc.string(), worker: fc.string(), epoch: fc.maxSafeInteger().map(Math.abs), formatId: fc.string(), prefixTokens: fc.nat(), creditBytes: fc.nat() })
+const transferId = fc.uint8Array({ minLength: 16, maxLength: 16 }).map((bytes) => Buffer.from(bytes).toString("hex"))
+const transfer: fc.Arbitrary<Transfer> = fc.record({ id: transferId, worker: fc.string(), epoch: fc.maxSafeInteger().map(Math.abs), formatId: fc.string(), prefixTokens: fc.nat(), creditBytes: fc.integer({ min: 1, max: limits.kvCreditBytes }) })
 
 const prefillFrame: fc.Arbitrary<PrefillFrame> = fc.oneof(
   tokenEvent.map((event) => ({ type: "token", event }) as const),

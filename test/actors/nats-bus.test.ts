@@ -7,6 +7,10 @@ import { join } from "node:path"
 import { nkeys } from "@nats-io/transport-node"
 import { Effect, Schema } from "effect"
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from "vitest"
+import { bufferSink, bufferSource } from "../../actors/kv-store/block-buffers.ts"
+import { kvStoreActor } from "../../actors/kv-store/kv-store.ts"
+import { packHashes } from "../../actors/messages/hashes.ts"
+import { Get, Put } from "../../actors/messages/kv-store.ts"
 import { inboxPrefix, permissions, processKinds, subject, type ProcessKind } from "../../actors/messages/subjects.ts"
 import { header, type Bus } from "../../actors/runtime/bus.ts"
 import { defineAsk } from "../../actors/runtime/codec.ts"
@@ -16,9 +20,12 @@ import { connectBuses, NatsBus, type NatsBusOptions } from "../../actors/runtime
 import { NatsConnectError } from "../../actors/runtime/nats-connect.ts"
 import { openStream } from "../../actors/runtime/stream-reader.ts"
 import { StreamWriter } from "../../actors/runtime/stream-writer.ts"
+import { TransferReceiver } from "../../actors/transfer/transfer-receiver.ts"
+import { TransferSender } from "../../actors/transfer/transfer-sender.ts"
 import { limits } from "../../config/limits.ts"
 import type { NatsAddress } from "../../config/topology.ts"
 import { busConformance, Received } from "../support/bus-conformance.ts"
+import { testScope } from "../support/scoped.ts"
 import { natsStartTimeoutMs, startConfiguredNats, startNats, type StartedNats } from "../support/start-nats.ts"
 import { tcpProxy } from "../support/tcp-proxy.ts"
 
@@ -371,11 +378,42 @@ describe("permissions by role", () => {
     await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringContaining("may not publish to ps.test.scheduler.any.place")))
   })
 
+  test("a worker puts a block into the store and gets it back", async () => {
+    const as = await startWithRoles()
+    const [store, storeBulk, worker, workerBulk] = [await as("kv-store"), await as("kv-store"), await as("worker"), await as("worker")]
+    const scope = testScope()
+    cleanUps.push(() => scope.close())
+    await scope.start(kvStoreActor({ link: new Link(store, "kv-store k0", 1), buses: { control: store, bulk: storeBulk }, cluster: "test", id: "k0", memoryBytes: 10_000 }))
+    await store.flush()
+    const link = new Link(worker, "worker w0", 1)
+    const to = (verb: string) => subject("test", "kv-store", "any", verb)
+    const layout = { dtype: "f16", blockTokens: 4, layers: 1, layerBlockBytes: 1000 } as const
+    const named = { formatId: "f", hashes: packHashes(["h".repeat(16)]), layout }
+    const ends = { control: worker, bulk: workerBulk, cluster: "test", creditBytes: limits.kvWindowBytes, hop: "kv-store" }
+    const block = randomBytes(1000)
+
+    const { wanted, transferId } = await Effect.runPromise(link.ask(Put, to(Put.verb), named, { hop: "kv-store" }))
+    expect(wanted).toEqual([true])
+    const sender = new TransferSender({ ...ends, transferId, source: bufferSource(layout, [block], 0) })
+    sender.send({ firstLayer: 0, layers: 1, firstBlock: 0, blocks: 1 })
+    sender.finish([])
+    await sender.done
+
+    const back = "0123456789abcdef".repeat(2)
+    const got = new Uint8Array(1000)
+    const receiver = new TransferReceiver({ ...ends, transferId: back, sink: bufferSink(layout, [got]), firstBlock: 0, blocks: 1 })
+    await workerBulk.flush()
+    expect(await Effect.runPromise(link.ask(Get, to(Get.verb), { ...named, transferId: back, firstBlock: 0, creditBytes: 10_000 }, { hop: "kv-store" }))).toEqual({ sent: true })
+    await receiver.done
+    receiver.close()
+    expect(Buffer.from(got).equals(block)).toBe(true)
+  })
+
   test("a process by its own name gets its own subjects only", () => {
     const { subscribe } = permissions("main", "kv-store", "k0")
     expect(subscribe).toContain("ps.main.kv-store.k0.*")
     expect(subscribe).toContain("ps.main.kv-store.any.*")
     expect(subscribe).toContain("ps.main.inbox.kv-store.k0.>")
-    expect(subscribe.filter((allowed) => !/^ps\.main\.(kv-store\.(k0|any)|inbox\.kv-store\.k0)\./.test(allowed))).toEqual([])
+    expect(subscribe.filter((allowed) => !/^ps\.main\.(kv-store\.(k0|any)|inbox\.kv-store\.k0|kv\.\*)\./.test(allowed))).toEqual([])
   })
 })

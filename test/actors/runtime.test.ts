@@ -249,6 +249,25 @@ describe("a supervisor", () => {
     expect(shown.mock.calls.join()).toContain("w0 failed and is restarted in")
   })
 
+  it("says in one line why something failed that was to be expected, and shows where a defect is", async () => {
+    const fail: Array<(exit: Effect.Effect<never, Error>) => void> = []
+    const body = (ready: Effect.Effect<void>) => Effect.andThen(ready, Effect.callback<never, Error>((resume) => void fail.push(resume)))
+    const program = Effect.scoped(
+      Effect.gen(function* () {
+        yield* supervise("w0", body)
+        yield* TestClock.adjust(0)
+        fail[0]!(Effect.fail(new Error("its process ended")))
+        yield* TestClock.adjust(limits.restartDelayMs)
+        fail[1]!(Effect.die(new Error("a defect")))
+        yield* TestClock.adjust(limits.restartDelayMs)
+      }),
+    )
+    await Effect.runPromise(Effect.provide(program, TestClock.layer()))
+    const [expected, defect] = shown.mock.calls.map(String)
+    expect(expected).toBe(`w0 failed and is restarted in ${limits.restartDelayMs} ms: its process ended`)
+    expect(defect).toMatch(/a defect\n\s+at /)
+  })
+
   it("waits longer each time that it fails before it serves, up to a bound", async () => {
     let starts = 0
     const body = (ready: Effect.Effect<void>) => Effect.gen(function* () {

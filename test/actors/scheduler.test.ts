@@ -1,7 +1,7 @@
 /** Placement: the policies as functions of the cluster's state, and the actor with its queue, leases and dumps. */
 import { Deferred, Effect, Exit } from "effect"
 import { TestClock } from "effect/testing"
-import { afterEach, beforeEach, describe, expect, it } from "vitest"
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest"
 import { limits } from "../../config/limits.ts"
 import { chainHashes } from "../../actors/engine/block-hash.ts"
 import { packHashes } from "../../actors/messages/hashes.ts"
@@ -148,6 +148,19 @@ describe("the cluster's state", () => {
     expect(state.charges.size).toBe(0)
   })
 
+  it("keeps the place of a sequence whose prefill worker is gone, since decode serves it still, but not its prompt's load", () => {
+    const state = fresh()
+    state.heartbeat(heartbeat("p", { roles: ["prefill"] }), 0)
+    state.heartbeat(heartbeat("w"), 0)
+    state.charge({ ...charge, prefill: "p" })
+    state.leave("p", 1)
+    expect([state.sequences("w"), state.queuedTokens("p")]).toEqual([3, 0])
+    state.heartbeat(heartbeat("p", { roles: ["prefill"], epoch: 2 }), 1)
+    expect([state.sequences("w"), state.queuedTokens("p")]).toEqual([3, 0])
+    state.leave("w", 1)
+    expect(state.charges.size).toBe(0)
+  })
+
   it("takes a new epoch for a new worker: no prefixes, no charges; and ignores an old one's last words", () => {
     const state = fresh()
     state.heartbeat(heartbeat("w"), 0)
@@ -240,6 +253,58 @@ describe("the scheduler", () => {
         expect(yield* Effect.flip(place(request("r", upTo(4), { choices: 5 })))).toMatchObject({ code: "invalid_request", param: "n" })
       }),
     ))
+
+  it("lets a decode worker compute the prompt when no prefill worker is there, or only one that is silent", () =>
+    beside(
+      Effect.gen(function* () {
+        yield* beat(heartbeat("d", { roles: ["decode"] }))
+        expect(yield* place(request("1"))).toMatchObject({ prefill: "d", decode: "d" })
+        yield* beat(heartbeat("p", { roles: ["prefill"] }))
+        expect(yield* place(request("2"))).toMatchObject({ prefill: "p", decode: "d" })
+        for (let waitedMs = 0; waitedMs <= limits.heartbeatSilenceMs; waitedMs += limits.heartbeatIntervalMs) {
+          yield* TestClock.adjust(limits.heartbeatIntervalMs)
+          yield* beat(heartbeat("d", { roles: ["decode"] }))
+        }
+        yield* TestClock.adjust(limits.heartbeatIntervalMs)
+        expect(yield* place(request("3"))).toMatchObject({ prefill: "d", decode: "d" })
+      }),
+    ))
+
+  it.each(["blockTokens", "maxBatch"] as const)("does not believe a worker that says it has %s of 0", (field) => {
+    const shown = vi.spyOn(console, "error").mockImplementation(() => {})
+    return beside(
+      Effect.gen(function* () {
+        const good = heartbeat("w")
+        yield* beat({ ...good, load: { ...good.load, [field]: 0 } })
+        expect(yield* Effect.flip(place(request("r")))).toMatchObject({ code: "unavailable" })
+        expect(shown.mock.calls.join()).toContain(field)
+        yield* beat(good)
+        expect(yield* place(request("r"))).toMatchObject({ decode: "w" })
+      }),
+    ).finally(() => shown.mockRestore())
+  })
+
+  it("refuses a request whose placement breaks, and goes on placing and sweeping", () => {
+    const shown = vi.spyOn(console, "error").mockImplementation(() => {})
+    const broken = () => {
+      throw new Error("a defect")
+    }
+    return beside(
+      Effect.gen(function* () {
+        yield* beat(heartbeat("w", { maxBatch: 1 }))
+        vi.spyOn(policies, "least-loaded").mockImplementationOnce(broken)
+        expect(yield* Effect.flip(place(request("broken")))).toMatchObject({ code: "internal" })
+        yield* place(request("a"))
+        const next = yield* fork(Effect.exit(place(request("next"))))
+        vi.spyOn(ClusterState.prototype, "sweep").mockImplementationOnce(broken)
+        yield* TestClock.adjust(limits.heartbeatIntervalMs)
+        expect(shown.mock.calls.join()).toContain("sweep: a defect")
+        // The sweep after the one that broke still sees that the worker is silent.
+        yield* TestClock.adjust(limits.heartbeatSilenceMs + 2 * limits.heartbeatIntervalMs)
+        expect(yield* next.await).toEqual(Exit.fail(expect.objectContaining({ code: "unavailable" })))
+      }),
+    ).finally(() => vi.restoreAllMocks())
+  })
 
   it("lets requests wait in order when all places are taken, and refuses beyond the queue's bound with the time to come again", () =>
     beside(

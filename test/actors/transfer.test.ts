@@ -1,5 +1,6 @@
 import fc from "fast-check"
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest"
+import { decodeDecodeFrame, encodeReserved } from "../../actors/messages/decode.ts"
 import { kvChunkHeaderBytes, readChunkHeader, sealChunk, writeChunkHeader, headerForCrc, type ChunkRange, type KvChunkHeader } from "../../actors/messages/kv-chunk.ts"
 import { KvProgress, KvStatus } from "../../actors/messages/kv-transfer.ts"
 import { transferSubject } from "../../actors/messages/subjects.ts"
@@ -402,6 +403,13 @@ describe("a KV transfer", () => {
       { seed: 20, numRuns: 150, endOnFailure: true },
     )
   })
+})
+
+it("a reservation whose transfer id, credit or prefix is none is refused by the field's name", () => {
+  const good = { id: transferId, worker: "d0", epoch: 1, formatId: "f", prefixTokens: 0, creditBytes: limits.kvWindowBytes }
+  expect(decodeDecodeFrame(encodeReserved(good))).toEqual({ type: "reserved", transfer: good })
+  for (const wrong of [{ id: "a" }, { id: `${transferId}.x` }, { id: ">" }, { id: transferId.toUpperCase() }, { creditBytes: 0 }, { creditBytes: limits.kvCreditBytes + 1 }, { prefixTokens: -1 }, { prefixTokens: 2 ** 53 }])
+    expect(() => decodeDecodeFrame(encodeReserved({ ...good, ...wrong }))).toThrow(Object.keys(wrong)[0])
 })
 
 describe("chunks", () => {

@@ -83,6 +83,16 @@ describe("the disaggregated topology with a tiny model", () => {
     await everyBlockFree(node)
   })
 
+  it("the only prefill worker hangs: decode workers compute new prompts, until it is killed and comes back", async () => {
+    const pid = await pidOf("p0")
+    process.kill(pid, "SIGSTOP")
+    await until(async () => (await actorsOf(node)).workers.every(({ name }) => name !== "p0"))
+    expect(await streamCompletion(node, request)).toEqual(undisturbed)
+    await back("p0", pid)
+    expect(() => process.kill(pid, 0)).toThrow("ESRCH")
+    await everyBlockFree(node)
+  })
+
   it("several choices of one request share one prefill and one transfer", async () => {
     const ask = async () => {
       const response = await fetch(`${node.url}/v1/completions`, { method: "POST", body: JSON.stringify({ model: "tiny", prompt: "My favourite thing is", n: 4, seed: 5, max_tokens: 20, ignore_eos: true, return_token_ids: true }) })

@@ -135,3 +135,22 @@ it("a request that is larger than the KV pool is a 400 that says so, and others 
     await small.stop()
   }
 })
+
+it("text that would take long to tokenise is refused by its field, and no other request waits for it", async () => {
+  const node = await startNode()
+  try {
+    const other = streamCompletion(node, { prompt: "Meanwhile", max_tokens: 30, ignore_eos: true })
+    const post = (path: string, body: unknown) => fetch(`${node.url}${path}`, { method: "POST", body: JSON.stringify(body) })
+    const [tokenize, word, many] = await Promise.all([
+      post("/tokenize", { content: "a ".repeat(450_000) }),
+      post("/v1/completions", { model: "tiny", prompt: "a".repeat(900_000) }),
+      post("/v1/chat/completions", { model: "tiny", messages: Array.from({ length: 60_000 }, () => ({ role: "user", content: "" })) }),
+    ])
+    expect([tokenize.status, (await tokenize.json()) as object]).toMatchObject([400, { error: { param: "content" } }])
+    expect([word.status, (await word.json()) as object]).toMatchObject([400, { error: { code: "context_length_exceeded", param: "prompt" } }])
+    expect([many.status, (await many.json()) as object]).toMatchObject([400, { error: { code: "context_length_exceeded", param: "messages" } }])
+    expect((await other).tokens).toHaveLength(30)
+  } finally {
+    await node.stop()
+  }
+})

@@ -1,8 +1,16 @@
 import { createServer, type AddressInfo } from "node:net"
-import { rmSync } from "node:fs"
+import { execFileSync } from "node:child_process"
+import { existsSync, rmSync } from "node:fs"
 import { expect, it } from "vitest"
 import { runStart, startProcess, writeTopology } from "../support/start-process.ts"
 import { streamCompletion } from "../support/start-node.ts"
+
+const descendantsOf = (root: number): ReadonlyArray<{ readonly pid: number; readonly command: string }> => {
+  const all = execFileSync("ps", ["-eo", "pid=,ppid=,args="]).toString().split("\n").map((line) => line.trim().split(/\s+/))
+  const below = (parent: number): ReadonlyArray<{ readonly pid: number; readonly command: string }> =>
+    all.filter(([, ppid]) => Number(ppid) === parent).flatMap(([pid, , ...command]) => [{ pid: Number(pid), command: command.join(" ") }, ...below(Number(pid))])
+  return below(root)
+}
 
 it("prints its address and a ready line, answers, and ends with code 0 on Ctrl-C", async () => {
   const started = await startProcess()
@@ -11,6 +19,21 @@ it("prints its address and a ready line, answers, and ends with code 0 on Ctrl-C
   expect(await started.signal("SIGINT")).toBe(0)
   expect(started.output()).toMatch(/serves tiny at http:\/\/127\.0\.0\.1:\d+/)
   expect(started.output()).toMatch(/^ready/m)
+})
+
+it.each(["SIGINT", "SIGTERM"] as const)("on %s while it still starts it ends with code 0 and leaves no process behind", async (signal) => {
+  const { folder, path } = await writeTopology(["bus: { nats: { spawn: true } }", "workers:", "  - { name: w0, roles: [prefill, decode] }", "  - { name: w1, roles: [prefill, decode] }"])
+  const { child, ended, output } = runStart(["--topology", path, "--port", "0"])
+  const processes = () => descendantsOf(child.pid!)
+  // Some of its actors' processes are there, and it does not serve yet.
+  while (child.exitCode === null && !processes().some(({ command }) => command.includes("actors/node/child.ts"))) await new Promise((resolve) => setTimeout(resolve, 5))
+  const started = processes()
+  process.kill(-child.pid!, signal)
+  expect(await ended).toBe(0)
+  rmSync(folder, { recursive: true })
+  expect(output()).toContain(`${signal}: stopping`)
+  expect(output()).not.toMatch(/ready after|\n\s+at /)
+  expect(started.filter(({ pid }) => existsSync(`/proc/${pid}`))).toEqual([])
 })
 
 it.each(["SIGINT", "SIGTERM"] as const)("on %s open streams are told why before their sockets close", async (signal) => {

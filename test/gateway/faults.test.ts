@@ -1,4 +1,5 @@
 import { afterEach, beforeEach, describe, expect, it } from "vitest"
+import { unpackTokens } from "../../actors/messages/tokens.ts"
 import { header } from "../../actors/runtime/bus.ts"
 import { Fault, type FaultCode } from "../../actors/runtime/fault.ts"
 import { limits } from "../../config/limits.ts"
@@ -95,7 +96,23 @@ describe("a fault that may be retried", () => {
     expect(Number(server.actor.generations[1]!.headers[header.budgetMs])).toBeLessThan(Number(server.actor.generations[0]!.headers[header.budgetMs]))
   })
 
-  it("is not retried for ever, nor after the first token, nor when overloaded", async () => {
+  it("after the first token: a later attempt goes on with what was delivered, and the client sees one answer", async () => {
+    server.actor.script = (generation) => {
+      generation.prompt()
+      if (generation.message.attempt === 0) {
+        generation.delta(0, "one ", [11])
+        generation.delta(0, "two ", [12])
+        return generation.fail("disconnected")
+      }
+      generation.delta(0, "three", [13], "stop")
+      generation.done(3, 3)
+    }
+    const response = await server.post("/v1/chat/completions", { ...chat, return_token_ids: true })
+    expect(await response.json()).toMatchObject({ choices: [{ message: { content: "one two three" }, token_ids: [11, 12, 13], finish_reason: "stop" }] })
+    expect([...unpackTokens(server.actor.last.message.delivered[0]!, "delivered")]).toEqual([11, 12])
+  })
+
+  it("is not retried for ever, nor where it happened behind the request actor, nor when overloaded", async () => {
     server.actor.script = (generation) => generation.fail("unavailable")
     expect((await server.post("/v1/chat/completions", chat)).status).toBe(503)
     expect(server.actor.generations).toHaveLength(limits.generateAttempts)
@@ -105,7 +122,7 @@ describe("a fault that may be retried", () => {
     server.actor.script = (generation) => {
       generation.prompt()
       generation.delta(0, "x", [1])
-      generation.fail("disconnected")
+      generation.fail("disconnected", "said disconnected", { hop: "decode d0" })
     }
     expect((await server.post("/v1/chat/completions", chat)).status).toBe(502)
     expect(server.actor.generations).toHaveLength(limits.generateAttempts + 2)

@@ -7,6 +7,7 @@ import { defineAsk, defineTell } from "../../actors/runtime/codec.ts"
 import { Fault } from "../../actors/runtime/fault.ts"
 import { Link } from "../../actors/runtime/link.ts"
 import { openStream, type OpenStreamOptions } from "../../actors/runtime/stream-reader.ts"
+import { frameKind, noBytes, streamFrame } from "../../actors/runtime/stream-frame.ts"
 import { StreamWriter } from "../../actors/runtime/stream-writer.ts"
 /** Two connections to one bus, or the same one twice where it has no connections. */
 export interface BusUnderTest {
@@ -317,6 +318,23 @@ export const busConformance = (name: string, makeBus: () => Promise<BusUnderTest
         await subscribe("test.silent")
         const reader = openStream(bus, "test.silent", bytes(""), { hop: "writer w0", openDeadlineMs: 10 })
         expect(await faultOf(reader.next())).toMatchObject({ code: "deadline_exceeded", hop: "writer w0", retryable: true })
+      })
+
+      it("is broken off where the writer minds no credits: what was granted is there, and the writer hears why", async () => {
+        const control = peer.inbox()
+        const { received: heard } = await subscribe(control)
+        peer.subscribe("test.flood", ({ reply }) => {
+          peer.publish(reply!, streamFrame(frameKind.open, 0, bytes(control)))
+          for (let i = 0; i < 20; i++) peer.publish(reply!, streamFrame(frameKind.data, i, bytes(String(i))))
+          peer.publish(reply!, streamFrame(frameKind.end, 20, noBytes))
+        })
+        await tested.settled()
+        const reader = openStream(bus, "test.flood", bytes(""), { hop: "writer w0", windowFrames: 4 })
+        await heard.until(1)
+        expect(heard.deliveries[0]!.data[0]).toBe(frameKind.cancel)
+        expect(heard.texts[0]).toContain("more frames than were granted")
+        for (let i = 0; i < 4; i++) expect(text((await reader.next())!)).toBe(String(i))
+        expect(await faultOf(reader.next())).toMatchObject({ code: "disconnected", hop: "writer w0", message: expect.stringContaining("more frames than were granted") })
       })
 
       it("fails on both sides with a frame that is larger than the bus carries", async () => {

@@ -64,7 +64,7 @@ export class FakeGeneration {
     fill()
   }
 
-  fail(code: Fault["code"], message = `said ${code}`, more: { readonly param?: string; readonly retryAfterMs?: number } = {}): void {
+  fail(code: Fault["code"], message = `said ${code}`, more: { readonly param?: string; readonly retryAfterMs?: number; readonly hop?: string } = {}): void {
     this.writer.fail(new Fault({ code, message, hop: "request fake", ...more }))
   }
 }
@@ -86,7 +86,7 @@ export class FakeRequestActor {
   constructor(bus: Bus, cluster: string) {
     this.#bus = bus
     bus.subscribe(subject(cluster, "request", anyId, Generate.verb), (delivery) => this.#generate(delivery), { queue: "request" })
-    this.#answer(cluster, Tokenize, ({ content }) => ({ tokens: [...new TextEncoder().encode(content)] }))
+    this.#answer(cluster, Tokenize, ({ content }) => ({ tokens: packTokens([...new TextEncoder().encode(content)]) }))
     this.#answer(cluster, Detokenize, ({ tokens }) => ({ content: String.fromCodePoint(...tokens) }))
   }
 

@@ -96,8 +96,8 @@ export const limits = {
   webSocketTurnChars: 4 * 1024 * 1024,
   /** Bytes waiting in a WebSocket's buffer above which nothing more is read for it. */
   webSocketBufferBytes: 64 * 1024,
-  /** Attempts of one generation before its first token, the first included, and the wait before the second (then doubling). */
-  generateAttempts: 3,
+  /** Attempts of one generation whose request actor is lost, the first included, and the wait before the second (then doubling). */
+  generateAttempts: 6,
   generateRetryDelayMs: 100,
   /** Stop token ids of one request. */
   stopTokenIds: 1_024,

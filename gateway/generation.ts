@@ -23,7 +23,7 @@ const resumable: ReadonlySet<FaultCode> = new Set(["unavailable", "disconnected"
  * is not the request actor that was lost.
  */
 export const resume = (order: GenerateOrder, attempt: number, delivered: ReadonlyArray<ReadonlyArray<number>>, fault: Fault): GenerateMessage | undefined => {
-  if (!/^request\b/.test(fault.hop) || !resumable.has(fault.code) || attempt >= limits.generateAttempts) return undefined
+  if (!/^(request|bus)\b/.test(fault.hop) || !resumable.has(fault.code) || attempt >= limits.generateAttempts) return undefined
   return { ...order, attempt, delivered: delivered.map((tokens) => packTokens(tokens)) }
 }
 

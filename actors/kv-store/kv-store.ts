@@ -116,7 +116,7 @@ export const kvStoreActor = ({ link, buses, cluster, id, memoryBytes }: KvStoreO
           receiver.done.then(() => {
             ended()
             keep.forEach((key, i) => cache.put(key, blocks[i]!))
-          }, ended) // the blocks stay unknown, which costs a later miss
+          }, ended) // blocks that did not come stay unknown, which costs a later miss
         }
         return Effect.succeed({ wanted, transferId, creditBytes: limits.kvWindowBytes })
       }).pipe(

@@ -85,7 +85,7 @@ describe("a fault that may be retried", () => {
     server.actor.script = (generation) => {
       if (generation.message.attempt === 0) {
         generation.prompt()
-        generation.fail("disconnected")
+        generation.fail("disconnected", "said disconnected", { hop: "request fake" })
       } else generation.say(["Hello"])
     }
     const events = sseEvents(await (await server.post("/v1/chat/completions", { ...chat, seed: 5, stream: true })).text())
@@ -102,7 +102,7 @@ describe("a fault that may be retried", () => {
       if (generation.message.attempt === 0) {
         generation.delta(0, "one ", [11])
         generation.delta(0, "two ", [12])
-        return generation.fail("disconnected")
+        return generation.fail("disconnected", "said disconnected", { hop: "request fake" })
       }
       generation.delta(0, "three", [13], "stop")
       generation.done(3, 3)
@@ -113,7 +113,7 @@ describe("a fault that may be retried", () => {
   })
 
   it("is not retried for ever, nor where it happened behind the request actor, nor when overloaded", async () => {
-    server.actor.script = (generation) => generation.fail("unavailable")
+    server.actor.script = (generation) => generation.fail("unavailable", "said unavailable", { hop: "request fake" })
     expect((await server.post("/v1/chat/completions", chat)).status).toBe(503)
     expect(server.actor.generations).toHaveLength(limits.generateAttempts)
     server.actor.script = (generation) => generation.fail("overloaded")

@@ -65,7 +65,7 @@ export class FakeGeneration {
   }
 
   fail(code: Fault["code"], message = `said ${code}`, more: { readonly param?: string; readonly retryAfterMs?: number; readonly hop?: string } = {}): void {
-    this.writer.fail(new Fault({ code, message, hop: "request fake", ...more }))
+    this.writer.fail(new Fault({ code, message, hop: "decode fake", ...more }))
   }
 }
 

@@ -44,13 +44,11 @@ export const limits = {
   streamOpenDeadlineMs: 5_000,
   /** Longest life of a request, queueing included. */
   requestDeadlineMs: 600_000,
-  /** Longest wait for a prefill, queueing behind others' prefill included. */
-  prefillDeadlineMs: 300_000,
   /** How often a worker tells the scheduler that it lives, and its load. */
   heartbeatIntervalMs: 500,
   /** Silence of a worker after which it is dead to the scheduler. */
   heartbeatSilenceMs: 3_000,
-  /** How often a request tells the scheduler that it lives; the scheduler's predicted load lapses without it. */
+  /** The scheduler's predicted load of a request that no worker knows of lapses after this. */
   placementLeaseMs: 30_000,
   /** Longest wait for a placement in the scheduler's queue. */
   placementDeadlineMs: 300_000,
@@ -179,12 +177,11 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.kvLayerBlockBytes <= limits.kvBlockBytes, "kvLayerBlockBytes <= kvBlockBytes"],
   [limits.kvProgressIntervalMs * 10 <= limits.kvSilenceMs, "kvProgressIntervalMs * 10 <= kvSilenceMs"],
   [limits.streamWindowFrames <= limits.streamBacklogFrames, "streamWindowFrames <= streamBacklogFrames"],
-  [limits.prefillDeadlineMs <= limits.requestDeadlineMs, "prefillDeadlineMs <= requestDeadlineMs"],
   [limits.placementDeadlineMs <= limits.requestDeadlineMs, "placementDeadlineMs <= requestDeadlineMs"],
   [limits.maxBatch <= limits.mixedStepTokens, "maxBatch <= mixedStepTokens"],
   [limits.mixedStepTokens <= limits.stepTokens, "mixedStepTokens <= stepTokens"],
   [limits.maxBatch <= limits.stepOutputs, "maxBatch <= stepOutputs"],
-  [limits.choices < limits.maxBatch, "choices <= maxBatch"],
+  [limits.choices < limits.maxBatch, "choices < maxBatch"],
   [limits.askDeadlineMs < limits.placementLeaseMs, "askDeadlineMs < placementLeaseMs"],
   [limits.clientKeepAliveMs * 2 <= limits.clientStallMs, "clientKeepAliveMs * 2 <= clientStallMs"],
 ]

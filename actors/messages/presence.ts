@@ -7,6 +7,7 @@ import { Role } from "./scheduler.ts"
 
 const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
 
+/** `ms` is what the bytes take at the measured bandwidth of the way. */
 export const TransferTotals = Schema.Struct({ completed: count, failed: count, fallbacks: count, bytes: count, ms: Schema.Finite })
 export type TransferTotals = typeof TransferTotals.Type
 

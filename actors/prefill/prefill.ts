@@ -135,16 +135,15 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
         (opened) => Effect.sync(() => opened.fail(fault("cancelled", "the prefill is over"))),
       )
       yield* work(sender)
-      const computedAtMs = performance.now()
       const sent = yield* Effect.tryPromise({ try: () => sender.done, catch: (error) => Fault.from(error, link.sender) })
       count(sent)
       yield* Effect.annotateCurrentSpan({
         [attributes.transferBytes]: sent.bytes,
         [attributes.transferChunks]: sent.chunks,
         [attributes.transferResent]: sent.resent,
-        [attributes.transferMbPerS]: sent.bytes / 1000 / sent.ms,
+        [attributes.transferMbPerS]: sent.mbPerS,
         [attributes.transferWaitedMs]: sent.waitedMs,
-        [attributes.transferTailMs]: performance.now() - computedAtMs,
+        [attributes.transferTailMs]: sent.tailMs,
         ...breakEven(),
       })
     }).pipe(
@@ -161,10 +160,10 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
     return prefillMs === 0 || computed === 0 ? {} : { [attributes.transferBreakEvenMbPerS]: ((computed / prefillMs) * layers * layerBlockBytes) / blockTokens / 1000 }
   }
 
-  const count = ({ bytes, ms }: SentTransfer): void => {
+  const count = ({ bytes, mbPerS }: SentTransfer): void => {
     totals.completed++
     totals.bytes += bytes
-    totals.ms += ms
+    if (bytes > 0) totals.ms += bytes / 1000 / mbPerS
   }
 
   const compute = (id: string, writer: StreamWriter, counts: Counts, also: Pick<PrefillSink, "layer" | "stepped"> & Partial<Pick<PrefillSink, "token">>): Effect.Effect<void, Fault> =>

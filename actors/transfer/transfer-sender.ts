@@ -40,7 +40,12 @@ export interface SenderOptions {
 export interface SentTransfer {
   readonly chunks: number
   readonly bytes: number
+  /** From the beginning, the computation that filled it included. */
   readonly ms: number
+  /** From the last byte computed to the last byte confirmed: what nothing hides. */
+  readonly tailMs: number
+  /** Of what was not confirmed when all was computed: the way's own bandwidth, which nothing waits for but the way. */
+  readonly mbPerS: number
   /** Share of the time without credit. */
   readonly waitedMs: number
   readonly resent: number
@@ -64,6 +69,7 @@ export class TransferSender {
   readonly #resentAtMs = new Map<number, number>() // by sequence number
   #final = false
   #first: ReadonlyArray<Uint8Array> = []
+  #finishedAt = { ms: 0, takenBytes: 0 }
   #over = false
   #advancedAtMs = performance.now() // when the receiver last had more than before
   #waitingSinceMs: number | undefined
@@ -106,6 +112,7 @@ export class TransferSender {
   finish(first: ReadonlyArray<Uint8Array>): void {
     this.#final = true
     this.#first = first
+    this.#finishedAt = { ms: performance.now(), takenBytes: this.#takenBytes }
     this.#flush()
   }
 
@@ -186,8 +193,12 @@ export class TransferSender {
       for (const { chunk } of this.#onTheirWay.splice(0)) giveChunkBuffer(chunk)
       this.#tell({ closed: true })
       this.#close()
-      const ms = performance.now() - this.#startedAtMs
-      return this.#outcome.resolve({ chunks: this.#sent, bytes: this.#sentBytes, ms, waitedMs: this.#waitedMs, resent: this.#resent })
+      const nowMs = performance.now()
+      const ms = nowMs - this.#startedAtMs
+      const tailMs = nowMs - this.#finishedAt.ms
+      const tailBytes = this.#sentBytes - this.#finishedAt.takenBytes
+      const mbPerS = tailBytes > 0 ? tailBytes / 1000 / Math.max(tailMs, 0.001) : this.#sentBytes / 1000 / Math.max(ms, 0.001)
+      return this.#outcome.resolve({ chunks: this.#sent, bytes: this.#sentBytes, ms, mbPerS, tailMs, waitedMs: this.#waitedMs, resent: this.#resent })
     }
     const taken = Math.min(status.bytes, this.#sentBytes)
     if (taken > this.#takenBytes) {

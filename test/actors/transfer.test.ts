@@ -280,7 +280,7 @@ describe("a KV transfer", () => {
     const receiver = new TransferReceiver({ control: ends.bus, bulk: ends.bus, cluster: "test", transferId: "f".repeat(32), sink, firstBlock: 0, blocks: 1, creditBytes: 1, hop: "prefill p0" })
     let over = false
     void receiver.done.then(() => (over = true), () => (over = true))
-    await vi.advanceTimersByTimeAsync(limits.prefillDeadlineMs)
+    await vi.advanceTimersByTimeAsync(limits.requestDeadlineMs)
     expect(over).toBe(false)
     receiver.close()
     await nothingLeft(ends)

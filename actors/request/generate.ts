@@ -84,9 +84,11 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
               yield* plain(() => relayPrefill(stream, transfer, () => Deferred.doneUnsafe(begun, Effect.void)))
             }).pipe(whileServing(members, worker), Effect.scoped)
           const begun = yield* Deferred.make<void>()
+          // Where decode has its tokens and knows the reservation no more, it has ended: its own stream tells how.
+          const unlessOver = (late: Fault) => Effect.flatMap(Deferred.isDone(begun), (isBegun) => (isBegun && late.code === "unavailable" ? Effect.void : Effect.fail(late)))
           // A prefill that fails elsewhere, even after its first tokens, is decode's own to do: its reservation stands.
           const prefilled = prefillOn(prefillWorker).pipe(
-            Effect.catch((fault) => (fault.retryable && prefillWorker !== transfer.worker ? prefillOn(transfer.worker) : Effect.fail(fault))),
+            Effect.catch((fault) => (fault.retryable && prefillWorker !== transfer.worker ? Effect.catch(prefillOn(transfer.worker), unlessOver) : Effect.fail(fault))),
           )
           const relayed = Deferred.await(begun).pipe(
             Effect.andThen(link.tell(Prefilled, subject(cluster, "scheduler", anyId, Prefilled.verb), key)),

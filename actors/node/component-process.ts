@@ -41,7 +41,12 @@ export const componentProcess = (order: ChildOrder, ready: Effect.Effect<void>):
     const ended = Effect.callback<never, WorkerError>((resume) => {
       const fail = (how: string) => resume(Effect.fail(new WorkerError(said ?? `${name} (process ${child.pid}) ${how}`)))
       child.once("error", (error) => fail(`could not be started: ${error.message}`))
-      child.once("exit", (code, signal) => fail(`ended with ${signal ?? `exit code ${code}`}`))
+      child.once("exit", (code, signal) => {
+        const tell = () => fail(`ended with ${signal ?? `exit code ${code}`}`)
+        // What ended it may be meant for the whole group, and this process hears of it a moment later: then it is no failure.
+        if (signal === "SIGINT" || signal === "SIGTERM" || signal === "SIGHUP") setTimeout(tell, limits.groupSignalMs)
+        else tell()
+      })
     })
     const serving = Effect.callback<void>((resume) => {
       child.on("message", (report: ChildReport) => {

@@ -122,6 +122,8 @@ export const limits = {
    * layer of one block is the least, and where that does not fit the bus, a worker that moves KV does not start.
    */
   kvChunkBytes: 512 * 1024,
+  /** Groups of layers in which a step's KV leaves, where whoever receives it computes on the same cores; elsewhere each layer does. */
+  kvSharedCoresGroups: 3,
   /** Bytes of chunks that a receiver lets be on their way. */
   kvWindowBytes: 8 * 1024 * 1024,
   /** Most that a sender takes another's word for. */

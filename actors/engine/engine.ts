@@ -314,13 +314,11 @@ export class Engine {
 
   async #step(chunks: ReadonlyArray<Chunk>): Promise<void> {
     const { batch, outputs } = composeBatch(chunks, (sequence, choice) => this.#samplerOf(sequence, choice))
-    const completed = this.#completedBy(chunks)
-    const layered = completed.filter(({ sink }) => sink.layer !== undefined)
+    const layered = this.#completedBy(chunks).filter(({ sink }) => sink.layer !== undefined)
     this.#stepping = true
     const result = await this.#kernels.step(batch, layered.length === 0 ? undefined : (layer) => layered.forEach(({ sink, from, blocks }) => sink.layer?.(layer, from, blocks)))
     this.#stepping = false
     this.#apply(chunks, outputs, result)
-    for (const { sink, from, blocks } of completed) sink.stepped?.(from, blocks)
   }
 
   /** The blocks that this step completes, and the prefill sinks that hear of them. */

@@ -54,8 +54,6 @@ export interface PrefillSink {
   failed(fault: Fault): void
   /** KV of one layer of these blocks, as places in the table, is complete. Called while the step goes on. */
   layer?(layer: number, firstBlock: number, blocks: number): void
-  /** KV of all layers of these blocks is complete. Called after the step, and after what the step has drawn. */
-  stepped?(firstBlock: number, blocks: number): void
 }
 
 export class Group {

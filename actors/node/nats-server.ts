@@ -33,10 +33,13 @@ export interface RunningNatsServer extends NatsAddress {
  * Watches over the server from outside: a shell that waits for a line on a pipe whose other end only this process has. A
  * line comes when the server has ended; the end of the pipe comes first only when this process was killed, and then the
  * server goes too, with its folder. `$$` is the server's own process id, since exec keeps it. Needs nothing but a POSIX shell.
+ *
+ * GOGC: each chunk of KV is garbage of the server's once it has passed, and its heap is small. At Go's own 100 % it spends more on
+ * collecting chunks than on moving them: 0.9 ms of a core for each MB of KV, against 0.4.
  */
 const untilParentDies = `folder=$1; shift
 (read -r line <&3 || { kill -KILL $$; rm -rf "$folder"; }) >/dev/null 2>&1 &
-exec "$@" 3<&-`
+GOGC=\${GOGC:-400} && export GOGC && exec "$@" 3<&-`
 
 /**
  * Runs a nats-server on a free port of loopback until the Scope closes. Who wants to connect needs the token, which no

@@ -1,10 +1,11 @@
 /**
  * The prefill actor: computes prompts into the reservations that decode has opened. It looks for the longest prefix that
  * is known anywhere first, computes the rest, and sends the first token of each choice itself. Where decode is another
- * worker, its KV leaves while the rest is computed: layer by layer, or to one on the same machine step by step.
+ * worker, its KV leaves layer by layer while the next layers are computed.
  */
 import { hostname } from "node:os"
 import { Effect, type Scope } from "effect"
+import { limits } from "../../config/limits.ts"
 import { attributes, spans } from "../../config/telemetry.ts"
 import { actor, onAsk, onStream } from "../runtime/actor.ts"
 import type { Buses } from "../runtime/bus.ts"
@@ -96,11 +97,16 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
         }
         const first: Array<Uint8Array> = []
         send(0, layers, 0, engine.computedBlocks(id))
-        // To decode on this machine a layer that leaves at once takes its time from the layers after it, on the same cores.
-        const leaves: Pick<PrefillSink, "layer" | "stepped"> =
-          transfer.node === hostname() ? { stepped: (from, blocks) => send(0, layers, from, blocks) } : { layer: (layer, from, blocks) => send(layer, 1, from, blocks) }
+        // To decode on this machine layers leave in groups: each time takes the core from a compute thread.
+        const together = transfer.node === hostname() ? Math.ceil(layers / limits.kvSharedCoresGroups) : 1
+        let waiting = 0 // layers of this step
         const computed = compute(id, writer, counts, {
-          ...leaves,
+          layer: (layer, from, blocks) => {
+            waiting++
+            if (waiting < together && layer < layers - 1) return
+            send(layer + 1 - waiting, waiting, from, blocks)
+            waiting = 0
+          },
           token: (event) => void first.push(encodeToken(event)),
         })
         return Effect.andThen(
@@ -166,12 +172,11 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
     if (bytes > 0) totals.ms += bytes / 1000 / mbPerS
   }
 
-  const compute = (id: string, writer: StreamWriter, counts: Counts, also: Pick<PrefillSink, "layer" | "stepped"> & Partial<Pick<PrefillSink, "token">>): Effect.Effect<void, Fault> =>
+  const compute = (id: string, writer: StreamWriter, counts: Counts, also: Partial<Pick<PrefillSink, "layer" | "token">>): Effect.Effect<void, Fault> =>
     Effect.callback<void, Fault>((resume) => {
       try {
         engine.prefill(id, {
           layer: also.layer,
-          stepped: also.stepped,
           scores: (scores) => writer.write(encodePrefillFrame({ type: "scores", scores })),
           token: (event) => {
             also.token?.(event)

@@ -139,9 +139,11 @@ describe("two workers with KV between them", () => {
       publish.call(this, to, data, options)
     }
     const undisturbed = await started.cluster.generate(asked)
-    const stream = await started.cluster.open(asked, 2) // and nothing is read, so that decode waits
+    await started.cluster.untilIdle()
     const { totals } = started.prefill.worker
-    while (totals.failed === 0) await new Promise((resolve) => setTimeout(resolve, 100))
+    const failedBefore = totals.failed
+    const stream = await started.cluster.open(asked, 2) // and nothing is read, so that decode waits
+    while (totals.failed === failedBefore) await new Promise((resolve) => setTimeout(resolve, 100))
     // What decode answers to whoever missed the first token.
     const again = openStream(started.bus, subject("main", "prefill", "d0", Prefill.verb), ordered, { headers: { [header.version]: protocolVersion }, hop: "prefill d0" })
     const frames = []

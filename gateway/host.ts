@@ -28,10 +28,14 @@ export const preflightHeaders = (headers: Readonly<Record<string, string | undef
 
 /**
  * Without keys, whoever reaches the port is trusted, and a browser lets any web page reach it: by a plain cross-site
- * POST, a WebSocket (which no same-origin rule covers) or a name that is rebound to 127.0.0.1. Such requests carry the
- * page's http(s) origin. Throws an ApiError 403 for one that is not of this machine.
+ * POST or a WebSocket (which no same-origin rule covers), which carry the page's http(s) origin, or by a name of its own that
+ * is rebound to 127.0.0.1, which is then the Host. Throws an ApiError 403 for one that is not of this machine.
  */
-export const refuseForeignOrigin = (origin: string | undefined): void => {
+export const refuseForeignPage = ({ origin, host }: Readonly<Record<string, string | undefined>>): void => {
+  const url = `http://${host ?? "localhost"}`
+  if (!URL.canParse(url) || !isLoopback(new URL(url).hostname)) {
+    throw new ApiError({ status: 403, type: "invalid_request_error", code: "foreign_host", message: "without API keys this server answers by a name of this machine only, such as localhost; start it with keys (gateway.keys in the topology) to reach it by another" })
+  }
   if (origin === undefined || isOfThisMachine(origin)) return
   throw new ApiError({ status: 403, type: "invalid_request_error", code: "foreign_origin", message: "a web page of another origin may not use this server; start it with API keys (gateway.keys in the topology) to allow that" })
 }

@@ -10,7 +10,7 @@ import { chatCompletions } from "./chat.ts"
 import { attempt, json, type GatewayContext, type Handler } from "./call.ts"
 import { completions } from "./completions.ts"
 import { ApiError, asApiError, internalError, reportDefect, shuttingDown, fromFault } from "./errors.ts"
-import { corsHeaders, preflightHeaders, refuseForeignOrigin } from "./host.ts"
+import { corsHeaders, preflightHeaders, refuseForeignPage } from "./host.ts"
 import { responses } from "./responses.ts"
 import { detokenize, health, models, oneModel, ready, tokenize } from "./simple-routes.ts"
 
@@ -89,7 +89,7 @@ const answer = (gateway: GatewayContext, request: HttpServerRequest.HttpServerRe
   const parent = Option.getOrUndefined(HttpTraceContext.fromHeaders(request.headers))
   return Effect.gen(function* () {
     const tenant = yield* attempt(() => {
-      if (!gateway.keys.required) refuseForeignOrigin(request.headers["origin"])
+      if (!gateway.keys.required) refuseForeignPage(request.headers)
       return gateway.keys.tenantOf(request.headers["authorization"])
     })
     if (gateway.admission.closing) return yield* Effect.fail(fromFault(shuttingDown))

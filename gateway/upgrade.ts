@@ -8,7 +8,7 @@ import { limits } from "../config/limits.ts"
 import type { Fault } from "../actors/runtime/fault.ts"
 import type { GatewayContext } from "./call.ts"
 import { ApiError, asApiError, fromFault, internalError, reportDefect, shuttingDown } from "./errors.ts"
-import { refuseForeignOrigin } from "./host.ts"
+import { refuseForeignPage } from "./host.ts"
 import { ResponsesSocket } from "./responses-socket.ts"
 import { pathOf, requestIdOf, responsesPath } from "./router.ts"
 
@@ -64,7 +64,7 @@ export class WebSockets {
     if (gateway.admission.closing) throw fromFault(shuttingDown)
     const path = pathOf(request.url ?? "/")
     if (path !== responsesPath) throw new ApiError({ status: 404, type: "invalid_request_error", code: "not_found", message: `there is no WebSocket at ${path.slice(0, 200)}; the Responses protocol is at ${responsesPath}` })
-    if (!gateway.keys.required) refuseForeignOrigin(request.headers.origin)
+    if (!gateway.keys.required) refuseForeignPage({ origin: request.headers.origin, host: request.headers.host })
     const tenant = gateway.keys.tenantOf(request.headers.authorization)
     if (this.#open.size >= limits.webSockets) {
       throw new ApiError({ status: 429, type: "rate_limit_error", code: "websocket_connection_limit_reached", message: `the server has ${this.#open.size} WebSocket connections, which is its limit` })

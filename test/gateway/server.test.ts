@@ -1,5 +1,6 @@
 import { createHash } from "node:crypto"
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs"
+import { get } from "node:http"
 import { createConnection } from "node:net"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
@@ -135,6 +136,16 @@ describe("routes", () => {
     const statusFrom = async (origin: string) => (await server.post("/v1/chat/completions", chat, { origin, "content-type": "text/plain" })).status
     for (const origin of ["http://evil.example", "https://127.0.0.1.evil.example", "null"]) expect(await statusFrom(origin)).toBe(403)
     for (const origin of ["http://localhost:3000", "http://127.0.0.1:8080", "http://[::1]:1", "vscode-webview://x"]) expect(await statusFrom(origin)).toBe(200)
+  })
+
+  it("without keys a page whose own name is rebound to this machine is refused, whatever it asks for", async () => {
+    const server = await start()
+    const statusBy = (host: string) =>
+      new Promise<number | undefined>((resolve, reject) => {
+        get(`${server.url}/actors`, { headers: { host } }, (response) => resolve(response.resume().statusCode)).on("error", reject)
+      })
+    for (const host of ["evil.example", "127.0.0.1.evil.example:8080", "localhost.evil.example", "@"]) expect(await statusBy(host)).toBe(403)
+    for (const host of ["localhost", "localhost:1", "127.0.0.1:8080", "[::1]:8080"]) expect(await statusBy(host)).toBe(200)
   })
 
   it("pages of this machine, and with keys pages of any origin, may read answers and streams", async () => {

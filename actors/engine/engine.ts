@@ -298,7 +298,7 @@ export class Engine {
         this.#reap()
         this.#announce(this.#queue.admit())
         const { preemptions } = this.#queue
-        const chunks = this.#queue.ensureBlocks(compose(this.#queue.running, this.#budget))
+        const chunks = this.#queue.ensureBlocks(compose(this.#queue.ready(), this.#budget))
         if (chunks.length > 0) await this.#step(chunks)
         // Where all have given way, the oldest of them fits again at once.
         else if (this.#queue.preemptions === preemptions) await new Promise<void>((resolve) => (this.#wake = resolve))

@@ -3,6 +3,7 @@
  * youngest is preempted, one whose reader is behind before all others: it gives its blocks back, waits in its place, and
  * recomputes what is no longer cached.
  */
+import type { BlockHash } from "../messages/hashes.ts"
 import type { BlockManager } from "./block-manager.ts"
 import type { Chunk } from "./composer.ts"
 import type { Group, Sequence } from "./sequence.ts"
@@ -53,6 +54,25 @@ export class SequenceQueue {
   add(sequence: Sequence): void {
     sequence.running = true
     this.running.splice(this.running.findLastIndex((other) => isOlder(other, sequence)) + 1, 0, sequence)
+  }
+
+  /**
+   * The running sequences that have something of their own to compute. One whose next block is another's next too waits for
+   * it, and goes on with what is known then: what several begin with is computed once.
+   */
+  ready(): Array<Sequence> {
+    const coming = new Set<BlockHash>()
+    return this.running.filter((sequence) => {
+      const { group } = sequence
+      if (group.prefill === undefined || group.held || group.paused || sequence.pending === 1) return true
+      const scored = group.spec.promptLogprobs && !group.prefillDone
+      if (!scored) this.#takeKnown(sequence)
+      const next = sequence.hashes[Math.floor(sequence.computed / this.#options.blockTokens)]
+      if (next === undefined) return true // its last block, which is not full
+      if (coming.has(next) && !scored) return false
+      coming.add(next)
+      return true
+    })
   }
 
   /** Another choice of a running sequence's request, on the same blocks. */
@@ -119,6 +139,22 @@ export class SequenceQueue {
     sequence.table = table
     sequence.computed = hit * blockTokens
     return true
+  }
+
+  /** Blocks that became known since this sequence got its own take their place, but never that of the last token. */
+  #takeKnown(sequence: Sequence): void {
+    const { blocks, blockTokens } = this.#options
+    const { group, table } = sequence
+    for (let place = Math.floor(sequence.computed / blockTokens); (place + 1) * blockTokens < sequence.length; place++) {
+      const hash = sequence.hashes[place]
+      const known = hash === undefined ? undefined : blocks.acquire(hash)
+      if (known === undefined) return
+      blocks.release([table[place]!])
+      table[place] = known
+      const end = (place + 1) * blockTokens
+      if (!group.prefillDone) group.cachedTokens += end - sequence.computed
+      sequence.computed = end
+    }
   }
 
   /**

@@ -134,6 +134,31 @@ describe("an engine over fake kernels", () => {
     expectIdle(engine, kernels)
   })
 
+  it("computes once what several prompts begin with, though they come at the same moment", async () => {
+    const { engine, kernels } = start({ blocks: 40 })
+    const specs = [upTo(4, 30), upTo(2, 40), []].map((rest, i) => specOf(`g${i}`, [...upTo(18, 10), ...rest], { maxTokens: 3 }))
+    const generations = specs.map((spec) => new Generation(engine, spec))
+    await Promise.all(generations.map((generation) => generation.run()))
+    expect(generations.map(({ tokens }) => tokens[0])).toEqual(specs.map((spec) => expectedTokens(spec, 0)))
+    // The first four full blocks, by the two that come later.
+    expect(engine.counters).toMatchObject({ promptTokens: 22 + 20 + 18, cachedTokens: 2 * 16 })
+    expectIdle(engine, kernels)
+  })
+
+  it("does not wait for a prompt that is given up", async () => {
+    const { engine, kernels } = start({ blocks: 40 })
+    const spec = (id: string) => specOf(id, upTo(30, 10), { maxTokens: 4 })
+    const first = new Generation(engine, spec("first"))
+    const second = new Generation(engine, spec("second"))
+    const running = [first.run(), second.run()]
+    await turn()
+    engine.cancel("first")
+    await running[1]
+    expect(second.tokens[0]).toEqual(expectedTokens(spec("second"), 0))
+    await running[0]
+    expectIdle(engine, kernels)
+  })
+
   it("takes imported blocks for computed ones until the prefill begins, in order only", async () => {
     const donor = start()
     const spec = specOf("a", upTo(18, 10), { maxTokens: 4 })

@@ -26,12 +26,11 @@ export const KvLayoutMessage = Schema.Struct({
 /** Which of the blocks are here. */
 export const Have = defineAsk("have", Schema.Struct(Blocks), Schema.Struct({ present: Schema.Array(Schema.Boolean) }))
 
-/** Sends these blocks into a transfer that the asker has opened: all of them, or none where one is not here any more. */
-export const Get = defineAsk(
-  "get",
-  Schema.Struct({ ...Blocks, layout: KvLayoutMessage, transferId: TransferId, firstBlock: place, creditBytes: CreditBytes }),
-  Schema.Struct({ sent: Schema.Boolean }),
-)
+export const GetMessage = Schema.Struct({ ...Blocks, layout: KvLayoutMessage, transferId: TransferId, firstBlock: place, creditBytes: CreditBytes })
+export type GetMessage = typeof GetMessage.Type
+
+/** Sends these blocks into a transfer that the asker has opened: all of them, or none where one is not here any more. Workers answer it too. */
+export const Get = defineAsk("get", GetMessage, Schema.Struct({ sent: Schema.Boolean }))
 
 /**
  * Opens a transfer for those of the blocks that are wanted, in their order, its places counted from 0. They are kept, and

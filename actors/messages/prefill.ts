@@ -3,9 +3,15 @@
  */
 import { Schema } from "effect"
 import { defineAsk, defineStream, pack, readFrame, unpack } from "../runtime/codec.ts"
+import { Holder } from "./scheduler.ts"
 import { decodeToken, encodeToken, SequenceMessage, Transfer, type TokenEvent } from "./decode.ts"
 
-export const PrefillMessage = Schema.Struct({ sequence: SequenceMessage, transfer: Transfer })
+export const PrefillMessage = Schema.Struct({
+  sequence: SequenceMessage,
+  transfer: Transfer,
+  /** Another worker whose pool holds a prefix. */
+  holder: Schema.optional(Holder),
+})
 export type PrefillMessage = typeof PrefillMessage.Type
 
 /** Answered by a stream: log probabilities of the prompt where asked for, the first token of each choice, `done`. */

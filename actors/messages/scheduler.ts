@@ -26,9 +26,15 @@ export const PlaceMessage = Schema.Struct({
 })
 export type PlaceMessage = typeof PlaceMessage.Type
 
+/** A worker that is thought to hold the first `blocks` blocks of a prompt. */
+export const Holder = Schema.Struct({ worker: Schema.String, blocks: positive })
+export type Holder = typeof Holder.Type
+
 export const Placement = Schema.Struct({
   prefill: Schema.String,
   decode: Schema.String,
+  /** Another worker that holds more of the prompt than the prefill worker does. */
+  holder: Schema.optional(Holder),
   /** Leading blocks of the prompt that the prefill worker is thought to hold. */
   prefixBlocks: count,
   estimates: Schema.Struct({ queuedTokens: count, computeTokens: count }),

@@ -47,6 +47,7 @@ const conversations: ReadonlyArray<Conversation> = [
   { from: "request", to: "prefill", verbs: verbs(Prefill) },
   { from: "scheduler", to: "prefill", verbs: verbs(KvDump) },
   { from: "worker", to: "scheduler", verbs: verbs(Heartbeat, Leave, KvEvents) },
+  { from: "worker", to: "prefill", verbs: verbs(Get) },
   { from: "worker", to: "kv-store", verbs: verbs(Have, Get, Put) },
 ]
 

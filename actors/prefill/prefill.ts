@@ -15,6 +15,7 @@ import type { StreamWriter } from "../runtime/stream-writer.ts"
 import { currentTraceparent, messageAttributes } from "../runtime/trace-context.ts"
 import { encodeToken, type Transfer } from "../messages/decode.ts"
 import { packHashes } from "../messages/hashes.ts"
+import { Get } from "../messages/kv-store.ts"
 import { encodePrefillFrame, KvDump, Prefill, type PrefillMessage } from "../messages/prefill.ts"
 import { subject } from "../messages/subjects.ts"
 import { unpackTokens } from "../messages/tokens.ts"
@@ -24,6 +25,7 @@ import type { Receiving, Worker } from "../engine/worker.ts"
 import { poolSource } from "../transfer/pool.ts"
 import { TransferSender, type SentTransfer } from "../transfer/transfer-sender.ts"
 import { fetchPrefix } from "./fetch-prefix.ts"
+import { servePrefix } from "./serve-prefix.ts"
 
 export interface PrefillActorOptions {
   readonly link: Link
@@ -59,7 +61,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
     })
 
   /** Both roles of one worker share its pool, so that the transfer is the reservation's block table itself. */
-  const hereFor = ({ sequence, transfer }: PrefillMessage, writer: StreamWriter, counts: Counts) =>
+  const hereFor = ({ sequence, transfer, holder }: PrefillMessage, writer: StreamWriter, counts: Counts) =>
     Effect.gen(function* () {
       if (transfer.epoch !== worker.epoch) return yield* Effect.fail(fault("unavailable", `epoch ${transfer.epoch} of ${worker.id} is over, and its reservations with it`))
       const receiving = worker.receiving.get(transfer.id)
@@ -68,7 +70,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
         totals.fallbacks++ // another worker was to compute it, and has failed
         receiving.stop()
       }
-      yield* fetchPrefix({ link, buses, cluster, worker, id: transfer.id })
+      yield* fetchPrefix({ link, buses, cluster, worker, id: transfer.id, holder })
       yield* compute(transfer.id, writer, counts, {})
     })
 
@@ -82,12 +84,12 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
       return Effect.void
     })
 
-  const elsewhereFor = ({ sequence, transfer }: PrefillMessage, writer: StreamWriter, counts: Counts, trace: string | undefined) =>
+  const elsewhereFor = ({ sequence, transfer, holder }: PrefillMessage, writer: StreamWriter, counts: Counts, trace: string | undefined) =>
     Effect.gen(function* () {
       if (transfer.formatId !== worker.formatId) return yield* Effect.fail(fault("invalid_request", `holds KV of format ${worker.formatId}, ${transfer.worker} wants ${transfer.formatId}`))
       const { id } = transfer
       yield* Effect.acquireRelease(reserve(id, sequence, trace), () => Effect.sync(() => engine.cancel(id)))
-      yield* fetchPrefix({ link, buses, cluster, worker, id })
+      yield* fetchPrefix({ link, buses, cluster, worker, id, holder })
       yield* transferred(transfer, (sender) => {
         const { layers, blockTokens } = worker.kv
         const held = transfer.prefixTokens / blockTokens // by decode, which needs only what follows
@@ -199,8 +201,6 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
 
   const dump = () => Effect.sync(() => ({ nextEventId: options.nextEventId(), hashes: packHashes(engine.blocks.knownHashes()) }))
 
-  return actor(link, [
-    onStream(Prefill, [{ subject: place }], prefill),
-    onAsk(KvDump, [{ subject: subject(cluster, "prefill", worker.id, KvDump.verb) }], dump),
-  ])
+  const here = (verb: string) => [{ subject: subject(cluster, "prefill", worker.id, verb) }]
+  return Effect.flatMap(servePrefix({ link, buses, cluster, worker }), (get) => actor(link, [onStream(Prefill, here(Prefill.verb), prefill), onAsk(Get, here(Get.verb), get), onAsk(KvDump, here(KvDump.verb), dump)]))
 }

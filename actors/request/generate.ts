@@ -80,7 +80,7 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
           const transfer = yield* plain(() => reserved(decode))
           const prefillOn = (worker: string) =>
             Effect.gen(function* () {
-              const stream = yield* opened(link.open(Prefill, subject(cluster, "prefill", worker, Prefill.verb), { sequence, transfer }, { hop: `prefill ${worker}` }))
+              const stream = yield* opened(link.open(Prefill, subject(cluster, "prefill", worker, Prefill.verb), { sequence, transfer, holder: placement.holder }, { hop: `prefill ${worker}` }))
               yield* plain(() => relayPrefill(stream, transfer, () => Deferred.doneUnsafe(begun, Effect.void)))
             }).pipe(whileServing(members, worker), Effect.scoped)
           const begun = yield* Deferred.make<void>()

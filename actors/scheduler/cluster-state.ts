@@ -4,7 +4,7 @@
  * the end. Pure state and time: the same code serves the actor and a simulation.
  */
 import { unpackHashes } from "../messages/hashes.ts"
-import type { HeartbeatMessage, KvEventsMessage, PlaceMessage, Role, WorkerLoad } from "../messages/scheduler.ts"
+import type { HeartbeatMessage, Holder, KvEventsMessage, PlaceMessage, Role, WorkerLoad } from "../messages/scheduler.ts"
 
 export interface WorkerView {
   readonly id: string
@@ -131,6 +131,16 @@ export class ClusterState {
     let count = 0
     while (count < hashes.length && worker.prefixes.has(hashes[count]!)) count++
     return count
+  }
+
+  /** The worker, other than `but`, that holds most leading blocks of the request, where these are more than `least`. */
+  holder(request: PlaceMessage, but: string, least: number): Holder | undefined {
+    let most: Holder | undefined
+    for (const worker of this.workers.values()) {
+      const blocks = worker.id === but || request.exclude.includes(worker.id) ? 0 : this.prefixBlocks(worker, request)
+      if (blocks > (most?.blocks ?? least)) most = { worker: worker.id, blocks }
+    }
+    return most
   }
 
   charge(charge: Charge): void {

@@ -56,7 +56,8 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       const computeTokens = Math.max(0, request.tokens - chosen.prefixBlocks * chosen.prefill.load.blockTokens)
       const queuedTokens = state.queuedTokens(chosen.prefill.id)
       state.charge({ requestId: request.requestId, attempt: request.attempt, prefill: chosen.prefill.id, decode: chosen.decode.id, choices: request.choices, computeTokens, placedAtMs: nowMs })
-      return { prefill: chosen.prefill.id, decode: chosen.decode.id, prefixBlocks: chosen.prefixBlocks, estimates: { queuedTokens, computeTokens }, epoch: link.epoch }
+      const holder = state.holder(request, chosen.prefill.id, chosen.prefixBlocks)
+      return { prefill: chosen.prefill.id, decode: chosen.decode.id, holder, prefixBlocks: chosen.prefixBlocks, estimates: { queuedTokens, computeTokens }, epoch: link.epoch }
     }
 
     /** As `decide`; a request that breaks it is refused, since those behind it would wait for ever. */

@@ -254,7 +254,7 @@ Block read_block(const Matrix& matrix, const uint8_t* panel, int b, int o) {
     int level = k < 4 ? pair & 15 : pair >> 4;
     if (format.bits == 5) level |= (chunks[256 + byte] >> k & 1) << 4;
     if (format.bits == 6) level |= (chunks[256 + 64 * (k / 4) + byte] >> 2 * (k % 4) & 3) << 4;
-    block.levels[i] = level - format.centre();
+    block.levels[i] = static_cast<int16_t>(level - format.centre());
   }
   const uint8_t* scales = panel + place.scales;
   const int s = place.index;

@@ -104,7 +104,7 @@ void pack_panel(const GgufFile& file, const GgufTensor& tensor, const Matrix& ma
 
 // What a block holds of one output: weight i = levels[i] * factors[i / 16] * scale + offset.
 struct Block {
-  int32_t levels[kBlock];  // less the centre
+  int16_t levels[kBlock];  // less the centre
   int32_t factors[2];      // 1 but for HalfFactors
   float scale;
   float offset;  // 0 where there is none

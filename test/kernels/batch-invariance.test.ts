@@ -35,6 +35,8 @@ const wideModels: Readonly<Record<string, TinyModelOptions>> = {
     tied: false,
     layers: 1,
     hidden: 256,
+    heads: 8,
+    headDim: 32,
     ffn: 256,
     vocabulary: 275,
     seed: 6,

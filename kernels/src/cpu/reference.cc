@@ -65,46 +65,46 @@ void quantise(const float* x, int length, QuantisedRow row) {
 
 // ---- linear layers ----
 
-// Blocks in order: the exact dot times both scales is added, then the offset times what the block's values add up to.
-void quantised_panel(const Matrix& matrix, const uint8_t* panel, const LinearInput& input, float* out, size_t out_stride) {
+// Rows that share what is read of the weights; no more than a matter of speed.
+constexpr int kRows = 32;
+
+// One output of some rows. Blocks in order: the exact dot times both scales is added, then the offset times what the block's
+// values add up to.
+void quantised_output(const Matrix& matrix, const uint8_t* panel, int o, const LinearInput& input, int first, int rows,
+                      float* sums /* [rows] */) {
   const bool has_offset = block_format(matrix.type).has_offset();
   for (int b = 0; b < matrix.blocks(); ++b) {
-    for (int o = 0; o < kPanel; ++o) {
-      const Block block = read_block(matrix, panel, b, o);
-      for (int row = 0; row < input.rows; ++row) {
-        const int8_t* values = input.values + row * input.value_stride + b * kBlock;
-        int32_t dots[2] = {0, 0};
-        for (int i = 0; i < kBlock; ++i) dots[i / 16] += block.levels[i] * values[i];
-        // At most 2 * 128 * 16 * 32 * 127 for Q6_K: below 2^24, so exact as a float.
-        const float dot = static_cast<float>(block.factors[0] * dots[0] + block.factors[1] * dots[1]);
-        float& sum = out[row * out_stride + o];
-        sum = std::fma(dot, block.scale * input.scales[row * input.block_stride + b], sum);
-        if (has_offset) sum = std::fma(block.offset, input.offsets[row * input.block_stride + b], sum);
-      }
+    const Block block = read_block(matrix, panel, b, o);
+    for (int r = 0; r < rows; ++r) {
+      const int8_t* values = input.values + (first + r) * input.value_stride + b * kBlock;
+      int32_t dots[2] = {0, 0};
+      for (int i = 0; i < 16; ++i) dots[0] += block.levels[i] * values[i];
+      for (int i = 16; i < kBlock; ++i) dots[1] += block.levels[i] * values[i];
+      // At most 2 * 128 * 16 * 32 * 127 for Q6_K: below 2^24, so exact as a float.
+      const float dot = static_cast<float>(block.factors[0] * dots[0] + block.factors[1] * dots[1]);
+      const size_t at = (first + r) * input.block_stride + b;
+      sums[r] = std::fma(dot, block.scale * input.scales[at], sums[r]);
+      if (has_offset) sums[r] = std::fma(block.offset, input.offsets[at], sums[r]);
     }
   }
 }
 
-void float_panel(const Matrix& matrix, const uint8_t* panel, const LinearInput& input, float* out, size_t out_stride) {
+void float_output(const Matrix& matrix, const uint8_t* panel, int o, const LinearInput& input, int first, int rows,
+                  float* sums /* [rows] */) {
   for (int k = 0; k < matrix.inputs; ++k) {
-    for (int o = 0; o < kPanel; ++o) {
-      const float weight = read_float(matrix, panel, k, o);
-      for (int row = 0; row < input.rows; ++row) {
-        float& sum = out[row * out_stride + o];
-        sum = std::fma(input.x[row * input.x_stride + k], weight, sum);
-      }
-    }
+    const float weight = read_float(matrix, panel, k, o);
+    for (int r = 0; r < rows; ++r) sums[r] = std::fma(input.x[(first + r) * input.x_stride + k], weight, sums[r]);
   }
 }
 
 void linear(const Matrix& matrix, int first, int last, const LinearInput& input, float* out, size_t out_stride, uint8_t*) {
-  for (int p = first; p < last; ++p) {
-    float* panel_out = out + size_t(p) * kPanel;
-    for (int row = 0; row < input.rows; ++row) std::fill_n(panel_out + row * out_stride, kPanel, 0.0f);
-    if (matrix.quantised()) {
-      quantised_panel(matrix, matrix.panel(p), input, panel_out, out_stride);
-    } else {
-      float_panel(matrix, matrix.panel(p), input, panel_out, out_stride);
+  for (int output = first * kPanel; output < last * kPanel; ++output) {
+    for (int row = 0; row < input.rows; row += kRows) {
+      const int rows = std::min(kRows, input.rows - row);
+      float sums[kRows] = {};
+      const auto add_up = matrix.quantised() ? quantised_output : float_output;
+      add_up(matrix, matrix.panel(output / kPanel), output % kPanel, input, row, rows, sums);
+      for (int r = 0; r < rows; ++r) out[(row + r) * out_stride + output] = sums[r];
     }
   }
 }

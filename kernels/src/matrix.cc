@@ -50,9 +50,9 @@ void pack_floats(const GgufFile& file, const GgufTensor& tensor, const Matrix& m
 // A block of 32 as the file has it: levels without the centre taken off, and the scales of its type.
 struct FileBlock {
   uint8_t levels[kBlock];
-  uint16_t scale;        // f16
-  uint16_t offset;       // f16; of Offset and Factors
-  uint8_t factors[2];    // of Factors: scale's and offset's; of HalfFactors: first and last 16 inputs
+  uint16_t scale;      // f16
+  uint16_t offset;     // f16; of Offset and Factors
+  uint8_t factors[2];  // of Factors: scale's and offset's; of HalfFactors: first and last 16 inputs
 };
 
 // Byte j of the nibbles has input j in its low and input 16 + j in its high half, bit j of the fifth bits is input j's.

@@ -7,15 +7,15 @@
 //   panel        | record | record | … |
 //   record       | levels of its blocks | scales |
 //
-//   levels       in chunks of 64 bytes, of which byte 4 * o + i belongs to output o
+//   levels       chunks of 64 bytes; byte 4 * o + i of each belongs to output o, i = 0 … 3
 //
-//                bit           7   6   5   4   3   2   1   0
-//     4 bits     chunk j     | 16 + 4 * j + i | 4 * j + i      |      input, j = 0 … 3
+//                bit         7 | 6 | 5 | 4 | 3 | 2 | 1 | 0
+//     4 bits     chunk j     16 + 4j + i   |     4j + i               j = 0 … 3; the numbers are inputs
 //     5 bits     as 4 bits, then the fifth bits of all inputs:
-//                chunk 4     |28 +i|24+i|20+i|16+i|12+i|8+i|4+i|i|
-//     6 bits     as 4 bits, then the fifth and sixth bits of the first and of the last 16 inputs:
-//                chunk 4 + c |16*c + 12+i|16*c + 8+i|16*c + 4+i|16*c + i|   c = 0, 1
-//     8 bits     chunk k     | 4 * k + i, signed               |      k = 0 … 7
+//                chunk 4     28+i|24+i|20+i|16+i|12+i|8+i|4+i|i
+//     6 bits     as 4 bits, then the upper two bits, of 16 inputs a chunk:
+//                chunk 4 + c 16c+12+i|16c+8+i|16c+4+i|16c+i           c = 0, 1
+//     8 bits     chunk k     4k + i, signed                           k = 0 … 7
 //
 //   scales       f16 but for the factors, which are bytes; of 16 outputs side by side
 //

@@ -310,19 +310,19 @@ void linear(const Matrix& matrix, int first, int last, const LinearInput& input,
   for (int p = first; p < last; ++p) {
     const uint8_t* panel = matrix.panel(p);
     float* panel_out = out + size_t(p) * kPanel;
-    const int blocks = matrix.blocks();
+    const auto quantised = [&](auto by_format) { by_format(panel, matrix.blocks(), input, panel_out, out_stride, scratch); };
     switch (matrix.type) {
       case TensorType::F32: float_panel<float>(panel, matrix.inputs, input, panel_out, out_stride); break;
       case TensorType::F16: float_panel<uint16_t>(panel, matrix.inputs, input, panel_out, out_stride); break;
       case TensorType::BF16: float_panel<Bfloat>(panel, matrix.inputs, input, panel_out, out_stride); break;
-      case TensorType::Q4_0: quantised_panel<block_format(TensorType::Q4_0)>(panel, blocks, input, panel_out, out_stride, scratch); break;
-      case TensorType::Q4_1: quantised_panel<block_format(TensorType::Q4_1)>(panel, blocks, input, panel_out, out_stride, scratch); break;
-      case TensorType::Q5_0: quantised_panel<block_format(TensorType::Q5_0)>(panel, blocks, input, panel_out, out_stride, scratch); break;
-      case TensorType::Q5_1: quantised_panel<block_format(TensorType::Q5_1)>(panel, blocks, input, panel_out, out_stride, scratch); break;
-      case TensorType::Q8_0: quantised_panel<block_format(TensorType::Q8_0)>(panel, blocks, input, panel_out, out_stride, scratch); break;
-      case TensorType::Q4_K: quantised_panel<block_format(TensorType::Q4_K)>(panel, blocks, input, panel_out, out_stride, scratch); break;
-      case TensorType::Q5_K: quantised_panel<block_format(TensorType::Q5_K)>(panel, blocks, input, panel_out, out_stride, scratch); break;
-      case TensorType::Q6_K: quantised_panel<block_format(TensorType::Q6_K)>(panel, blocks, input, panel_out, out_stride, scratch); break;
+      case TensorType::Q4_0: quantised(quantised_panel<block_format(TensorType::Q4_0)>); break;
+      case TensorType::Q4_1: quantised(quantised_panel<block_format(TensorType::Q4_1)>); break;
+      case TensorType::Q5_0: quantised(quantised_panel<block_format(TensorType::Q5_0)>); break;
+      case TensorType::Q5_1: quantised(quantised_panel<block_format(TensorType::Q5_1)>); break;
+      case TensorType::Q8_0: quantised(quantised_panel<block_format(TensorType::Q8_0)>); break;
+      case TensorType::Q4_K: quantised(quantised_panel<block_format(TensorType::Q4_K)>); break;
+      case TensorType::Q5_K: quantised(quantised_panel<block_format(TensorType::Q5_K)>); break;
+      case TensorType::Q6_K: quantised(quantised_panel<block_format(TensorType::Q6_K)>); break;
     }
   }
 }

@@ -43,7 +43,7 @@ inline __m512 load_bytes16(const uint8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(from))));
 }
 
-// Levels of inputs 4k … 4k + 3, unsigned; see matrix.h.
+// Levels of inputs 4k … 4k + 3; see matrix.h. Those of 8 bits become unsigned by adding 128.
 template <int kBits>
 inline __m512i load_levels(const uint8_t* block, int k) {
   if constexpr (kBits == 8) {
@@ -205,19 +205,19 @@ void linear(const Matrix& matrix, int first, int last, const LinearInput& input,
   for (int p = first; p < last; ++p) {
     const uint8_t* panel = matrix.panel(p);
     float* panel_out = out + size_t(p) * kPanel;
-    const int blocks = matrix.blocks();
+    const auto quantised = [&](auto by_format) { by_format(panel, matrix.blocks(), input, panel_out, out_stride); };
     switch (matrix.type) {
       case TensorType::F32: float_panel<float>(panel, matrix.inputs, input, panel_out, out_stride); break;
       case TensorType::F16: float_panel<uint16_t>(panel, matrix.inputs, input, panel_out, out_stride); break;
       case TensorType::BF16: float_panel<Bfloat>(panel, matrix.inputs, input, panel_out, out_stride); break;
-      case TensorType::Q4_0: quantised_panel<block_format(TensorType::Q4_0)>(panel, blocks, input, panel_out, out_stride); break;
-      case TensorType::Q4_1: quantised_panel<block_format(TensorType::Q4_1)>(panel, blocks, input, panel_out, out_stride); break;
-      case TensorType::Q5_0: quantised_panel<block_format(TensorType::Q5_0)>(panel, blocks, input, panel_out, out_stride); break;
-      case TensorType::Q5_1: quantised_panel<block_format(TensorType::Q5_1)>(panel, blocks, input, panel_out, out_stride); break;
-      case TensorType::Q8_0: quantised_panel<block_format(TensorType::Q8_0)>(panel, blocks, input, panel_out, out_stride); break;
-      case TensorType::Q4_K: quantised_panel<block_format(TensorType::Q4_K)>(panel, blocks, input, panel_out, out_stride); break;
-      case TensorType::Q5_K: quantised_panel<block_format(TensorType::Q5_K)>(panel, blocks, input, panel_out, out_stride); break;
-      case TensorType::Q6_K: quantised_panel<block_format(TensorType::Q6_K)>(panel, blocks, input, panel_out, out_stride); break;
+      case TensorType::Q4_0: quantised(quantised_panel<block_format(TensorType::Q4_0)>); break;
+      case TensorType::Q4_1: quantised(quantised_panel<block_format(TensorType::Q4_1)>); break;
+      case TensorType::Q5_0: quantised(quantised_panel<block_format(TensorType::Q5_0)>); break;
+      case TensorType::Q5_1: quantised(quantised_panel<block_format(TensorType::Q5_1)>); break;
+      case TensorType::Q8_0: quantised(quantised_panel<block_format(TensorType::Q8_0)>); break;
+      case TensorType::Q4_K: quantised(quantised_panel<block_format(TensorType::Q4_K)>); break;
+      case TensorType::Q5_K: quantised(quantised_panel<block_format(TensorType::Q5_K)>); break;
+      case TensorType::Q6_K: quantised(quantised_panel<block_format(TensorType::Q6_K)>); break;
     }
   }
 }

@@ -13,7 +13,7 @@ export type GgufValue = number | boolean | string | ReadonlyArray<number> | Read
 
 export interface GgufTensor {
   readonly name: string
-  /** The format's own name: "F32", "F16", "Q4_0", "Q4_1", "Q8_0", … or "type 99" where it is not known. */
+  /** The format's own name: "F32", "BF16", "Q4_1", "Q6_K", … or "type 99" where it is not known. */
   readonly type: string
   /** Fastest dimension first, as in the file. */
   readonly shape: ReadonlyArray<number>

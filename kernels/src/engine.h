@@ -51,7 +51,7 @@ struct StepResult {
 class Engine {
  public:
   // Raised by any change that changes a bit of any result.
-  static constexpr int kNumericsVersion = 2;
+  static constexpr int kNumericsVersion = 3;
 
   explicit Engine(const EngineOptions& options);
 

@@ -28,7 +28,7 @@ Forward::Forward(const Model& model, const Kernels& kernels, KvPool& kv, ThreadP
       max_rows_(max_rows),
       max_logit_rows_(max_logit_rows),
       tiles_((max_context + kTileTokens - 1) / kTileTokens),
-      refines_output_(model.output().format == MatrixFormat::Q4 || model.output().format == MatrixFormat::Q8),
+      refines_output_(model.output().quantised()),
       scratch_(pool.threads()),
       segment_of_(max_rows) {
   const size_t query = round_up(size_t(shape_.heads) * shape_.head_dim, 16);
@@ -67,7 +67,7 @@ size_t Forward::carve(void* base) {
   carver.take(values_, input_rows * wide_);
   carver.take(scales_, input_rows * blocks);
   carver.take(offsets_, input_rows * blocks);
-  carver.take(sums_, input_rows * blocks);
+  carver.take(sums_, input_rows * blocks * 2);
   carver.take(logits_, output_rows * logit_stride_);
   carver.take(tile_totals_, size_t(kSplitRows) * shape_.heads * tiles_ * kv_.value_stride());
   carver.take(tile_states_, size_t(kSplitRows) * shape_.heads * tiles_ * 2);
@@ -196,7 +196,7 @@ void Forward::quantise(int row, int length) {
   if (length % kBlock != 0) return;  // then no matrix that takes it is quantised
   const size_t blocks = wide_ / kBlock;
   kernels_.quantise(y_ + row * wide_, length,
-                    {values_ + row * wide_, scales_ + row * blocks, offsets_ + row * blocks, sums_ + row * blocks});
+                    {values_ + row * wide_, scales_ + row * blocks, offsets_ + row * blocks, sums_ + row * blocks * 2});
 }
 
 // The residual stream gains what the last linear layer gave.
@@ -240,7 +240,7 @@ void Forward::multiply(int thread, int rows, const Product* products, int count,
                                wide_,
                                scales_ + first_row * blocks,
                                offsets_ + first_row * blocks,
-                               sums_ + first_row * blocks,
+                               sums_ + first_row * blocks * 2,
                                blocks};
     const int first = chunk * grain;
     kernels_.linear(*product->matrix, first, std::min(first + grain, product->matrix->panels), input,

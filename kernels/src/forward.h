@@ -113,7 +113,7 @@ class Forward {
   int8_t* values_;                      // [input rows, wide] y_ quantised, with its scales, offsets and sums
   float* scales_;                       // [input rows, wide / 32]
   float* offsets_;                      // [input rows, wide / 32]
-  int32_t* sums_;                       // [input rows, wide / 32]
+  int16_t* sums_;                       // [input rows, wide / 32, 2]
   float* logits_;                       // [logit rows, and as many refinements, logit_stride]
   float* tile_totals_;                  // [kSplitRows, heads, tiles, value_stride] what rows gathered over single tiles
   float* tile_states_;                  // [kSplitRows, heads, tiles, 2] and the max and sum that belong to it

@@ -12,10 +12,23 @@ namespace penstock {
 
 namespace {
 
-inline uint16_t load_u16(const uint8_t* at) {
-  uint16_t value;
+template <class T>
+inline T load(const uint8_t* at) {
+  T value;
   std::memcpy(&value, at, sizeof value);
   return value;
+}
+
+inline float half_at(const uint8_t* at, int index) { return float_of_half(load<uint16_t>(at + 2 * index)); }
+
+bool finite_half(uint16_t half) { return (half & 0x7c00u) != 0x7c00u; }
+
+bool finite_element(TensorType type, const uint8_t* at) {
+  switch (type) {
+    case TensorType::F32: return std::isfinite(load<float>(at));
+    case TensorType::BF16: return (load<uint16_t>(at) & 0x7f80u) != 0x7f80u;
+    default: return finite_half(load<uint16_t>(at));
+  }
 }
 
 [[noreturn]] void not_finite(const GgufFile& file, const GgufTensor& tensor, int output) {
@@ -23,60 +36,161 @@ inline uint16_t load_u16(const uint8_t* at) {
             ": expected finite values, found one that is not");
 }
 
-// A pointer to row `output` of the tensor.
-const uint8_t* row_of(const GgufTensor& tensor, const Matrix& matrix, int output) {
-  return tensor.data + tensor.bytes / matrix.outputs * output;
-}
-
-template <class Element>
 void pack_floats(const GgufFile& file, const GgufTensor& tensor, const Matrix& matrix, int first, int count, uint8_t* into) {
-  Element* to = reinterpret_cast<Element*>(into);
+  const size_t size = tensor_type_info(tensor.type)->block_bytes;
   for (int o = 0; o < count; ++o) {
-    const uint8_t* from = row_of(tensor, matrix, first + o);
-    for (int k = 0; k < matrix.inputs; ++k) {
-      Element element;
-      std::memcpy(&element, from + k * sizeof element, sizeof element);
-      bool finite;
-      if constexpr (sizeof element == 2) {
-        finite = (element & 0x7c00u) != 0x7c00u;
-      } else {
-        finite = std::isfinite(element);
-      }
-      if (!finite) not_finite(file, tensor, first + o);
-      to[size_t(k) * kPanel + o] = element;
+    const uint8_t* from = tensor.data + tensor.bytes / matrix.outputs * (first + o);
+    for (int k = 0; k < matrix.inputs; ++k, from += size) {
+      if (!finite_element(tensor.type, from)) not_finite(file, tensor, first + o);
+      std::memcpy(into + (size_t(k) * kPanel + o) * size, from, size);
     }
   }
 }
 
-bool finite_half(uint16_t half) { return (half & 0x7c00u) != 0x7c00u; }
+// A block of 32 as the file has it: levels without the centre taken off, and the scales of its type.
+struct FileBlock {
+  uint8_t levels[kBlock];
+  uint16_t scale;      // f16
+  uint16_t offset;     // f16; of Offset and Factors
+  uint8_t factors[2];  // of Factors: scale's and offset's; of HalfFactors: first and last 16 inputs
+};
 
-void pack_q4(const GgufFile& file, const GgufTensor& tensor, const Matrix& matrix, int first, int count, uint8_t* into) {
-  const bool with_offset = tensor.type == TensorType::Q4_1;
-  const size_t block_bytes = with_offset ? 20 : 18;
-  for (int o = 0; o < count; ++o) {
-    const uint8_t* from = row_of(tensor, matrix, first + o);
-    for (int b = 0; b < matrix.blocks(); ++b, from += block_bytes) {
-      uint8_t* record = into + b * kQ4Record;
-      const uint16_t scale = load_u16(from);
-      const uint16_t offset = with_offset ? load_u16(from + 2) : half_of_float(-8.0f * float_of_half(scale));
-      if (!finite_half(scale) || !finite_half(offset)) not_finite(file, tensor, first + o);
-      const uint8_t* nibbles = from + (with_offset ? 4 : 2);
-      for (int j = 0; j < 4; ++j) std::memcpy(record + 64 * j + 4 * o, nibbles + 4 * j, 4);
-      std::memcpy(record + 256 + 2 * o, &scale, 2);
-      std::memcpy(record + 288 + 2 * o, &offset, 2);
+// Byte j of the nibbles has input j in its low and input 16 + j in its high half, bit j of the fifth bits is input j's.
+void read_nibbles(const uint8_t* nibbles, uint32_t fifths, uint8_t* levels) {
+  for (int j = 0; j < 16; ++j) {
+    levels[j] = static_cast<uint8_t>((nibbles[j] & 15) | (fifths >> j & 1) << 4);
+    levels[16 + j] = static_cast<uint8_t>((nibbles[j] >> 4) | (fifths >> (16 + j) & 1) << 4);
+  }
+}
+
+// Factors of block s: eight of six bits each for the scale and the offset, in 12 bytes. The first four of both fill the low six
+// bits of bytes 0 … 7; the others have their low halves in bytes 8 … 11 and their upper two bits atop those of bytes 0 … 7.
+void read_factors(const uint8_t* packed, int s, uint8_t* factors) {
+  if (s < 4) {
+    factors[0] = packed[s] & 63;
+    factors[1] = packed[4 + s] & 63;
+  } else {
+    factors[0] = static_cast<uint8_t>((packed[4 + s] & 15) | (packed[s - 4] >> 6) << 4);
+    factors[1] = static_cast<uint8_t>((packed[4 + s] >> 4) | (packed[s] >> 6) << 4);
+  }
+}
+
+// Block s of a super-block. Blocks 2c and 2c + 1 are the low and high halves of 32 bytes of nibbles; bit s of byte i of the fifth
+// bits is input i's.
+void read_q4_q5_k(const uint8_t* from, bool with_fifths, int s, FileBlock& block) {
+  block.scale = load<uint16_t>(from);
+  block.offset = load<uint16_t>(from + 2) ^ 0x8000u;  // the file's is subtracted
+  read_factors(from + 4, s, block.factors);
+  const uint8_t* fifths = from + 16;
+  const uint8_t* nibbles = from + (with_fifths ? 48 : 16) + s / 2 * kBlock;
+  for (int i = 0; i < kBlock; ++i) {
+    const int fifth = with_fifths ? fifths[i] >> s & 1 : 0;
+    block.levels[i] = static_cast<uint8_t>((s % 2 == 0 ? nibbles[i] & 15 : nibbles[i] >> 4) | fifth << 4);
+  }
+}
+
+// Half a super-block has 64 bytes of nibbles, whose low halves are its blocks 0 and 1 and whose high halves 2 and 3, and 32 bytes
+// of which bits 2q and 2q + 1 are the upper two of its block q.
+void read_q6_k(const uint8_t* from, int s, FileBlock& block) {
+  const int q = s % 4;
+  const uint8_t* nibbles = from + s / 4 * 64 + q % 2 * kBlock;
+  const uint8_t* upper = from + 128 + s / 4 * 32;
+  for (int i = 0; i < kBlock; ++i) {
+    block.levels[i] = static_cast<uint8_t>((q < 2 ? nibbles[i] & 15 : nibbles[i] >> 4) | (upper[i] >> 2 * q & 3) << 4);
+  }
+  std::memcpy(block.factors, from + 192 + 2 * s, 2);
+  block.scale = load<uint16_t>(from + 208);
+}
+
+// Block b of the row that begins at `row`.
+FileBlock read_file_block(TensorType type, const uint8_t* row, int b) {
+  FileBlock block = {};
+  const TensorTypeInfo& info = *tensor_type_info(type);
+  const int blocks = static_cast<int>(info.block_weights) / kBlock;
+  const uint8_t* from = row + size_t(b / blocks) * info.block_bytes;
+  const int s = b % blocks;
+  block.scale = load<uint16_t>(from);  // but for Q6_K
+  switch (type) {
+    case TensorType::Q4_0: read_nibbles(from + 2, 0, block.levels); break;
+    case TensorType::Q5_0: read_nibbles(from + 6, load<uint32_t>(from + 2), block.levels); break;
+    case TensorType::Q4_1:
+      block.offset = load<uint16_t>(from + 2);
+      read_nibbles(from + 4, 0, block.levels);
+      break;
+    case TensorType::Q5_1:
+      block.offset = load<uint16_t>(from + 2);
+      read_nibbles(from + 8, load<uint32_t>(from + 4), block.levels);
+      break;
+    case TensorType::Q8_0: std::memcpy(block.levels, from + 2, kBlock); break;
+    case TensorType::Q4_K: read_q4_q5_k(from, false, s, block); break;
+    case TensorType::Q5_K: read_q4_q5_k(from, true, s, block); break;
+    case TensorType::Q6_K: read_q6_k(from, s, block); break;
+    default: break;
+  }
+  return block;
+}
+
+// Four inputs at a time: word k of the levels is inputs 4k … 4k + 3.
+void put_levels(int bits, const uint8_t* levels, uint8_t* into, int o) {
+  uint32_t words[8];
+  std::memcpy(words, levels, sizeof words);
+  const auto put = [&](int chunk, uint32_t word) { std::memcpy(into + 64 * chunk + 4 * o, &word, sizeof word); };
+  if (bits == 8) {
+    for (int k = 0; k < 8; ++k) put(k, words[k]);
+    return;
+  }
+  for (int j = 0; j < 4; ++j) put(j, (words[j] & 0x0f0f0f0fu) | (words[4 + j] & 0x0f0f0f0fu) << 4);
+  if (bits == 5) {
+    uint32_t fifths = 0;
+    for (int k = 0; k < 8; ++k) fifths |= (words[k] >> 4 & 0x01010101u) << k;
+    put(4, fifths);
+  }
+  if (bits == 6) {
+    for (int c = 0; c < 2; ++c) {
+      uint32_t upper = 0;
+      for (int m = 0; m < 4; ++m) upper |= (words[4 * c + m] >> 4 & 0x03030303u) << 2 * m;
+      put(4 + c, upper);
     }
   }
 }
 
-void pack_q8(const GgufFile& file, const GgufTensor& tensor, const Matrix& matrix, int first, int count, uint8_t* into) {
-  uint8_t* scales = into + matrix.blocks() * kQ8Record;
+void put_scales(Scaling scaling, const FileBlock& block, int s, uint8_t* into, int o) {
+  std::memcpy(into + 2 * o, &block.scale, 2);
+  switch (scaling) {
+    case Scaling::Centred: break;
+    case Scaling::Offset: std::memcpy(into + 32 + 2 * o, &block.offset, 2); break;
+    case Scaling::Factors:
+      std::memcpy(into + 32 + 2 * o, &block.offset, 2);
+      into[64 + 32 * s + o] = block.factors[0];
+      into[64 + 32 * s + 16 + o] = block.factors[1];
+      break;
+    case Scaling::HalfFactors: std::memcpy(into + 64 + 32 * s + 2 * o, block.factors, 2); break;
+  }
+}
+
+// Where a panel has block b.
+struct BlockPlace {
+  size_t levels;
+  size_t scales;  // of its record
+  int index;      // within the record
+};
+
+BlockPlace place_of(BlockFormat format, int b) {
+  const int index = b % format.record_blocks();
+  const size_t record = b / format.record_blocks() * format.record_bytes();
+  return {record + index * format.level_bytes(), record + format.record_blocks() * format.level_bytes(), index};
+}
+
+void pack_blocks(const GgufFile& file, const GgufTensor& tensor, const Matrix& matrix, int first, int count, uint8_t* into) {
+  const BlockFormat format = block_format(matrix.type);
   for (int o = 0; o < count; ++o) {
-    const uint8_t* from = row_of(tensor, matrix, first + o);
-    for (int b = 0; b < matrix.blocks(); ++b, from += 34) {
-      const uint16_t scale = load_u16(from);
-      if (!finite_half(scale)) not_finite(file, tensor, first + o);
-      for (int j = 0; j < 8; ++j) std::memcpy(into + b * kQ8Record + 64 * j + 4 * o, from + 2 + 4 * j, 4);
-      std::memcpy(scales + 2 * (b * kPanel + o), &scale, 2);
+    const uint8_t* row = tensor.data + tensor.bytes / matrix.outputs * (first + o);
+    for (int b = 0; b < matrix.blocks(); ++b) {
+      const FileBlock block = read_file_block(matrix.type, row, b);
+      if (!finite_half(block.scale) || !finite_half(block.offset)) not_finite(file, tensor, first + o);
+      const BlockPlace place = place_of(format, b);
+      put_levels(format.bits, block.levels, into + place.levels, o);
+      put_scales(format.scaling, block, place.index, into + place.scales, o);
     }
   }
 }
@@ -90,33 +204,24 @@ Matrix describe_matrix(const GgufFile& file, const GgufTensor& tensor) {
     file.fail(place + "expected a matrix with dimensions in 1 … 2^30");
   }
   Matrix matrix;
+  matrix.type = tensor.type;
   matrix.inputs = static_cast<int>(tensor.shape[0]);
   matrix.outputs = static_cast<int>(tensor.shape[1]);
   matrix.panels = (matrix.outputs + kPanel - 1) / kPanel;
-  const size_t inputs = tensor.shape[0];
   switch (tensor.type) {
     case TensorType::F32:
-      matrix.format = MatrixFormat::F32;
-      matrix.panel_bytes = inputs * kPanel * 4;
-      break;
     case TensorType::F16:
-      matrix.format = MatrixFormat::F16;
-      matrix.panel_bytes = inputs * kPanel * 2;
+    case TensorType::BF16:
+      matrix.panel_bytes = size_t(matrix.inputs) * kPanel * tensor_type_info(tensor.type)->block_bytes;
       break;
-    case TensorType::Q4_0:
-    case TensorType::Q4_1:
-      matrix.format = MatrixFormat::Q4;
-      matrix.panel_bytes = inputs / kBlock * kQ4Record;
-      break;
-    case TensorType::Q8_0:
-      matrix.format = MatrixFormat::Q8;
-      matrix.panel_bytes = inputs / kBlock * (kQ8Record + 2 * kPanel);
-      break;
-    default: file.fail(place + "expected type F32, F16, Q4_0, Q4_1 or Q8_0, found " + tensor_type_name(tensor.type));
-  }
-  if (matrix.quantised() && inputs % kBlock != 0) {
-    file.fail(place + "expected rows of a multiple of 32 values for type " + tensor_type_name(tensor.type) + ", found " +
-              std::to_string(inputs));
+    default: {
+      const BlockFormat format = block_format(tensor.type);
+      if (format.bits == 0) {
+        file.fail(place + "expected type F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K, found " +
+                  tensor_type_name(tensor.type));
+      }
+      matrix.panel_bytes = matrix.blocks() / format.record_blocks() * format.record_bytes();
+    }
   }
   matrix.panel_bytes = round_up(matrix.panel_bytes, 64);
   return matrix;
@@ -126,36 +231,65 @@ void pack_panel(const GgufFile& file, const GgufTensor& tensor, const Matrix& ma
   uint8_t* into = matrix.data + panel * matrix.panel_bytes;  // zero so far, so the padding is
   const int first = panel * kPanel;
   const int count = matrix.outputs - first < kPanel ? matrix.outputs - first : kPanel;
-  switch (matrix.format) {
-    case MatrixFormat::F32: return pack_floats<float>(file, tensor, matrix, first, count, into);
-    case MatrixFormat::F16: return pack_floats<uint16_t>(file, tensor, matrix, first, count, into);
-    case MatrixFormat::Q4: return pack_q4(file, tensor, matrix, first, count, into);
-    case MatrixFormat::Q8: return pack_q8(file, tensor, matrix, first, count, into);
+  if (matrix.quantised()) {
+    pack_blocks(file, tensor, matrix, first, count, into);
+  } else {
+    pack_floats(file, tensor, matrix, first, count, into);
+  }
+}
+
+Block read_block(const Matrix& matrix, const uint8_t* panel, int b, int o) {
+  const BlockFormat format = block_format(matrix.type);
+  const BlockPlace place = place_of(format, b);
+  const uint8_t* chunks = panel + place.levels + 4 * o;
+  Block block = {{}, {1, 1}, 0.0f, 0.0f};
+  for (int i = 0; i < kBlock; ++i) {
+    const int k = i / 4;
+    const int byte = i % 4;
+    if (format.bits == 8) {
+      block.levels[i] = static_cast<int8_t>(chunks[64 * k + byte]);
+      continue;
+    }
+    const int pair = chunks[64 * (k % 4) + byte];
+    int level = k < 4 ? pair & 15 : pair >> 4;
+    if (format.bits == 5) level |= (chunks[256 + byte] >> k & 1) << 4;
+    if (format.bits == 6) level |= (chunks[256 + 64 * (k / 4) + byte] >> 2 * (k % 4) & 3) << 4;
+    block.levels[i] = static_cast<int16_t>(level - format.centre());
+  }
+  const uint8_t* scales = panel + place.scales;
+  const int s = place.index;
+  block.scale = half_at(scales, o);
+  if (format.has_offset()) block.offset = half_at(scales + 32, o);
+  if (format.scaling == Scaling::Factors) {
+    block.scale *= scales[64 + 32 * s + o];
+    block.offset *= scales[64 + 32 * s + 16 + o];
+  }
+  if (format.scaling == Scaling::HalfFactors) {
+    for (int h = 0; h < 2; ++h) block.factors[h] = static_cast<int8_t>(scales[64 + 32 * s + 2 * o + h]);
+  }
+  return block;
+}
+
+float read_float(const Matrix& matrix, const uint8_t* panel, int input, int o) {
+  const size_t index = size_t(input) * kPanel + o;
+  switch (matrix.type) {
+    case TensorType::F32: return load<float>(panel + 4 * index);
+    case TensorType::BF16: return float_of(uint32_t{load<uint16_t>(panel + 2 * index)} << 16);
+    default: return float_of_half(load<uint16_t>(panel + 2 * index));
   }
 }
 
 void read_row(const Matrix& matrix, int output, float* into) {
   const uint8_t* panel = matrix.panel(output / kPanel);
   const int o = output % kPanel;
-  for (int k = 0; k < matrix.inputs; ++k) {
-    const int b = k / kBlock;
-    const int i = k % kBlock;
-    switch (matrix.format) {
-      case MatrixFormat::F32: std::memcpy(&into[k], panel + 4 * (size_t(k) * kPanel + o), 4); break;
-      case MatrixFormat::F16: into[k] = float_of_half(load_u16(panel + 2 * (size_t(k) * kPanel + o))); break;
-      case MatrixFormat::Q4: {
-        const uint8_t* record = panel + b * kQ4Record;
-        const uint8_t pair = record[64 * (i % 16 / 4) + 4 * o + i % 4];
-        const float nibble = static_cast<float>(i < 16 ? pair & 15 : pair >> 4);
-        into[k] = std::fma(nibble, float_of_half(load_u16(record + 256 + 2 * o)), float_of_half(load_u16(record + 288 + 2 * o)));
-        break;
-      }
-      case MatrixFormat::Q8: {
-        const uint8_t* scales = panel + matrix.blocks() * kQ8Record;
-        const float value = static_cast<float>(static_cast<int8_t>(panel[b * kQ8Record + 64 * (i / 4) + 4 * o + i % 4]));
-        into[k] = value * float_of_half(load_u16(scales + 2 * (b * kPanel + o)));
-        break;
-      }
+  if (!matrix.quantised()) {
+    for (int k = 0; k < matrix.inputs; ++k) into[k] = read_float(matrix, panel, k, o);
+    return;
+  }
+  for (int b = 0; b < matrix.blocks(); ++b, into += kBlock) {
+    const Block block = read_block(matrix, panel, b, o);
+    for (int i = 0; i < kBlock; ++i) {
+      into[i] = std::fma(static_cast<float>(block.levels[i] * block.factors[i / 16]), block.scale, block.offset);
     }
   }
 }

@@ -73,18 +73,33 @@ const expectClose = async (options: TinyModelOptions): Promise<void> => {
   expect(Math.min(...medians)).toBeLessThan(1e-5)
 }
 
+const superBlocks = { hidden: 256, heads: 8, kvHeads: 2, headDim: 32, ffn: 256, layers: 1 } as const
+
 describe("tiny models", () => {
-  for (const type of ["F32", "F16"] as const satisfies ReadonlyArray<TensorTypeName>) {
+  for (const type of ["F32", "F16", "BF16"] as const satisfies ReadonlyArray<TensorTypeName>) {
     test(`logits of a model in ${type} are those of the float64 forward within 0.2 % of their spread`, async () => {
       for (const tied of [true, false]) expect((await relativeErrors({ types: type, seed: 2, tied })).exact.at(-1)).toBeLessThan(0.002)
     })
   }
 
-  for (const type of ["Q8_0", "Q4_0", "Q4_1"] as const satisfies ReadonlyArray<TensorTypeName>) {
+  for (const type of ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"] as const satisfies ReadonlyArray<TensorTypeName>) {
     test(`logits of a model in ${type} are those of the float64 forward, and the roundings explain all of the difference`, async () => {
       for (const tied of [true, false]) await expectClose({ types: type, tied })
     })
   }
+
+  for (const type of ["Q4_K", "Q5_K", "Q6_K"] as const satisfies ReadonlyArray<TensorTypeName>) {
+    test(`logits of a model in ${type}, whose rows are multiples of 256, likewise`, async () => {
+      await expectClose({ types: type, ...superBlocks, tied: type === "Q6_K" })
+    })
+  }
+
+  test("also with types mixed as Q4_K_M mixes them, where rows are multiples of 256 and where only some are", async () => {
+    const types = { token_embd: "Q4_K", output: "Q6_K", attn_q: "Q4_K", attn_k: "Q4_K", attn_v: "Q6_K", attn_output: "Q4_K", ffn_gate: "Q4_K", ffn_up: "Q4_K", ffn_down: "Q6_K" } as const
+    await expectClose({ types, ...superBlocks, tied: false })
+    const narrow = { token_embd: "Q8_0", attn_q: "Q5_0", attn_k: "Q5_0", attn_v: "Q8_0", attn_output: "Q5_0", ffn_gate: "Q5_0", ffn_up: "Q5_0", ffn_down: "Q6_K" } as const
+    await expectClose({ types: narrow, hidden: 96, heads: 3, kvHeads: 1, headDim: 32, ffn: 256, layerTypes: { "blk.0.ffn_down": "Q4_K" } })
+  })
 
   test("also with mixed types, other shapes, and a vocabulary that fills no whole panel", async () => {
     const mixed = { token_embd: "Q8_0", attn_q: "Q4_0", attn_k: "Q8_0", attn_v: "F16", attn_output: "Q4_1", ffn_gate: "Q4_1", ffn_up: "F32", ffn_down: "Q8_0" } as const

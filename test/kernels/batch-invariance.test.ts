@@ -14,7 +14,7 @@ import { randomNumbers, writeTinyModel, type TinyModelOptions } from "../support
 const best = bestInstructionSet()
 const available = instructionSets.slice(0, instructionSets.indexOf(best) + 1)
 
-/** Between them: every weight type, tied and not, head sizes that fill no register, sizes that fill no panel. */
+/** Between them: weights of every size of level and of scale (each type by itself: tensor-types.test.ts), tied and not, head sizes that fill no register, sizes that fill no panel. */
 const models: Readonly<Record<string, TinyModelOptions>> = {
   "Q4_1 with a Q8_0 embedding": { types: { token_embd: "Q8_0", attn_q: "Q4_1", attn_k: "Q4_1", attn_v: "Q4_1", attn_output: "Q4_1", ffn_gate: "Q4_1", ffn_up: "Q4_1", ffn_down: "Q4_1" } },
   "Q4_0, three heads to a KV head": { types: "Q4_0", heads: 6, kvHeads: 2, hidden: 96, ffn: 160, tied: false },
@@ -25,6 +25,21 @@ const models: Readonly<Record<string, TinyModelOptions>> = {
     tied: false,
     headDim: 24,
     seed: 5,
+  },
+}
+
+/** Wide enough for blocks of 256, and so too slow to run the reference more than once. */
+const wideModels: Readonly<Record<string, TinyModelOptions>> = {
+  "mixed as Q4_K_M": {
+    types: { token_embd: "Q4_K", output: "Q6_K", attn_q: "Q4_K", attn_k: "Q5_K", attn_v: "Q6_K", attn_output: "Q4_K", ffn_gate: "Q4_K", ffn_up: "Q5_0", ffn_down: "Q6_K" },
+    tied: false,
+    layers: 1,
+    hidden: 256,
+    heads: 8,
+    headDim: 32,
+    ffn: 256,
+    vocabulary: 275,
+    seed: 6,
   },
 }
 
@@ -171,9 +186,9 @@ const invariance = (name: string, length: number, isas: ReadonlyArray<Instructio
   })
 }
 
-for (const [name, options] of Object.entries(models)) {
+for (const [name, options] of Object.entries({ ...models, ...wideModels })) {
   // Long enough for three tiles of attention and for the many-row kernels.
-  invariance(name, 300, available, async () => {
+  invariance(name, 300, name in wideModels ? available.slice(1) : available, async () => {
     const path = join(folder, `${name.replaceAll(/\W/g, "")}.gguf`)
     await writeTinyModel(path, options)
     return path

@@ -1,5 +1,5 @@
 /** The engine as its callers see it: what it answers, what it refuses and how it closes. */
-import { mkdtemp, rm } from "node:fs/promises"
+import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { setFlagsFromString } from "node:v8"
@@ -267,7 +267,6 @@ describe("loading", () => {
     ["a missing tensor", { metadata: { "llama.block_count": u32(3) } }, "blk.2.attn_norm.weight"],
     ["layers it does not know of", { metadata: { "llama.block_count": u32(1) } }, "tensor blk.1.attn_norm.weight: not known to the architecture llama"],
     ["a tensor of another shape", { metadata: { "llama.feed_forward_length": u32(128) } }, "tensor blk.0.ffn_gate.weight: expected [64, 128], found [64, 96]"],
-    ["a tensor of another type", { types: { ffn_up: "BF16" } }, "tensor blk.0.ffn_up.weight: expected type F32, F16, Q4_0, Q4_1 or Q8_0, found BF16"],
     ["heads that do not divide", { metadata: { "llama.attention.head_count_kv": u32(3) } }, "key llama.attention.head_count_kv: expected a divisor of the 4 heads, found 3"],
     ["scaled rotary positions", { metadata: { "llama.rope.scaling.type": text("yarn") } }, "key llama.rope.scaling.type: expected none, found yarn"],
     ["experts", { metadata: { "llama.expert_count": u32(8) } }, "key llama.expert_count: expected 0"],
@@ -277,6 +276,17 @@ describe("loading", () => {
     const file = await tiny(wrong)
     await expect(load({ path: file })).rejects.toThrow(message)
     await expect(load({ path: file })).rejects.toThrow(file.slice(file.lastIndexOf("/") + 1))
+  })
+
+  test("refuses a tensor of a type that it does not compute with", async () => {
+    const file = await tiny({})
+    const bytes = await readFile(file)
+    const name = "blk.0.ffn_up.weight"
+    bytes.writeUInt32LE(24, bytes.indexOf(name) + name.length + 4 + 2 * 8) // I8, behind the number of dimensions and two of them
+    await writeFile(file, bytes)
+    await expect(load({ path: file })).rejects.toThrow(
+      "tensor blk.0.ffn_up.weight: expected type F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K, found I8",
+    )
   })
 })
 

@@ -20,7 +20,7 @@ export const text = (value: string): Value => ({ type: "string", value })
 export const array = (of: ScalarType, values: ReadonlyArray<Scalar>): Value => ({ type: "array", of, values })
 
 /** Tensor types with a codec in quantise.ts, and their ids. */
-export const tensorTypeIds = { F32: 0, F16: 1, Q4_0: 2, Q4_1: 3, Q5_0: 6, Q5_1: 7, Q8_0: 8, BF16: 30 } as const
+export const tensorTypeIds = { F32: 0, F16: 1, Q4_0: 2, Q4_1: 3, Q5_0: 6, Q5_1: 7, Q8_0: 8, Q4_K: 12, Q5_K: 13, Q6_K: 14, BF16: 30 } as const
 export type TensorTypeName = keyof typeof tensorTypeIds
 
 export interface TensorToWrite {

@@ -1,5 +1,5 @@
 /**
- * Codecs of ggml's simple block formats, in plain TypeScript and independent of the kernels.
+ * Codecs of ggml's block formats, in plain TypeScript and independent of the kernels.
  * Layouts: ggml's `ggml-common.h` (block_q4_0 …) and the table in the GGUF documents; x is the value of a weight.
  *
  *     F32, F16, BF16   one number each
@@ -7,8 +7,13 @@
  *     Q4_0             32 weights: f16 d, 16 bytes of nibbles                 x = d (q - 8)
  *     Q4_1             32 weights: f16 d, f16 m, 16 bytes of nibbles          x = d q + m
  *     Q5_0, Q5_1       as Q4_0 (with 16 for 8) and Q4_1, plus u32 of fifth bits before the nibbles
+ *     Q4_K, Q5_K       256 weights in sub-blocks of 32: f16 d, f16 m, 12 bytes of six-bit scales s and minima t, (Q5_K: 32 bytes
+ *                      of fifth bits,) 128 bytes of nibbles                   x = d s q - m t
+ *     Q6_K             256 weights in sub-blocks of 16: 128 bytes of nibbles, 64 of upper bits, int8 s[16], f16 d
+ *                                                                             x = d s (q - 32)
  *
- * Byte j of the nibbles has weight j in its low half and weight j + 16 in its high half.
+ * Byte j of the nibbles of 32 weights has weight j in its low half and weight j + 16 in its high half. Those of 256 are written
+ * where they are read, below.
  */
 import type { TensorTypeName } from "./gguf-writer.ts"
 
@@ -98,6 +103,99 @@ const nibbleCodec = (bitCount: 4 | 5, hasMinimum: boolean): Codec => {
   }
 }
 
+/** Q4_K and Q5_K: `bitCount` bits a weight. */
+const minimumSuperCodec = (bitCount: 4 | 5): Codec => {
+  const nibblesAt = bitCount === 5 ? 48 : 16
+  const levels = 2 ** bitCount
+  /** Byte and half of a weight's nibble: sub-blocks 2c and 2c + 1 share 32 bytes. */
+  const nibbleOf = (i: number): readonly [at: number, shift: number] => [nibblesAt + 32 * (i >> 6) + (i & 31), i & 32 ? 4 : 0]
+  /** Scales and minima 0 … 3 are bits 0 … 5 of bytes 0 … 3 and 4 … 7. Of 4 … 7 the low four bits are in bytes 8 … 11, a scale's in the low half, and the upper two atop scale and minimum 0 … 3. */
+  const readFactors = (from: DataView, sub: number): readonly [scale: number, minimum: number] => {
+    const byte = (i: number): number => from.getUint8(4 + i)
+    if (sub < 4) return [byte(sub) % 64, byte(sub + 4) % 64]
+    return [(byte(sub + 4) % 16) + 16 * (byte(sub - 4) >> 6), (byte(sub + 4) >> 4) + 16 * (byte(sub) >> 6)]
+  }
+  return {
+    weights: 256,
+    bytes: nibblesAt + 128,
+    encode(from, into) {
+      for (let at = 4; at < nibblesAt + 128; at++) into.setUint8(at, 0)
+      const or = (at: number, bits: number): void => into.setUint8(at, into.getUint8(at) | bits)
+      const subs = Array.from({ length: 8 }, (_, sub) => from.subarray(32 * sub, 32 * sub + 32))
+      const minima = subs.map((sub) => Math.max(0, -Math.min(...sub)))
+      const steps = subs.map((sub, i) => Math.max(0, Math.max(...sub) + minima[i]!) / (levels - 1))
+      const d = putHalf(into, 0, Math.max(...steps) / 63)
+      const m = putHalf(into, 2, Math.max(...minima) / 63)
+      subs.forEach((sub, i) => {
+        const scale = clamp(divide(steps[i]!, d), 0, 63)
+        const minimum = clamp(divide(minima[i]!, m), 0, 63)
+        if (i < 4) {
+          or(4 + i, scale)
+          or(8 + i, minimum)
+        } else {
+          or(8 + i, (scale % 16) + 16 * (minimum % 16))
+          or(i, 64 * (scale >> 4))
+          or(4 + i, 64 * (minimum >> 4))
+        }
+        sub.forEach((x, j) => {
+          const q = clamp(divide(x + m * minimum, d * scale), 0, levels - 1)
+          const [at, shift] = nibbleOf(32 * i + j)
+          or(at, (q % 16) << shift)
+          if (bitCount === 5) or(16 + j, (q >> 4) << i)
+        })
+      })
+    },
+    decode(from, into) {
+      const d = numberOfHalf(from.getUint16(0, true))
+      const m = numberOfHalf(from.getUint16(2, true))
+      for (let i = 0; i < 256; i++) {
+        const sub = i >> 5
+        const [scale, minimum] = readFactors(from, sub)
+        const [at, shift] = nibbleOf(i)
+        const fifth = bitCount === 5 ? (from.getUint8(16 + (i & 31)) >> sub) & 1 : 0
+        into[i] = d * scale * (((from.getUint8(at) >> shift) & 15) + 16 * fifth) - m * minimum
+      }
+    },
+  }
+}
+
+/** Of Q6_K: weight i is in half h, quarter q (32 weights) of that half, place j. */
+const sixBitPlace = (i: number): { readonly nibble: number; readonly shift: number; readonly upper: number; readonly upperShift: number } => {
+  const [h, q, j] = [i >> 7, (i >> 5) & 3, i & 31]
+  return { nibble: 64 * h + 32 * (q & 1) + j, shift: q & 2 ? 4 : 0, upper: 128 + 32 * h + j, upperShift: 2 * q }
+}
+
+const sixBitCodec: Codec = {
+  weights: 256,
+  bytes: 210,
+  encode(from, into) {
+    for (let at = 0; at < 208; at++) into.setUint8(at, 0)
+    const subs = Array.from({ length: 16 }, (_, sub) => from.subarray(16 * sub, 16 * sub + 16))
+    // The extreme of greatest magnitude becomes level -32, whose magnitude is the greatest; so scales have a sign.
+    const steps = subs.map((sub) => sub.reduce((most, x) => (Math.abs(x) > Math.abs(most) ? x : most), 0) / -32)
+    const greatest = steps.reduce((most, x) => (Math.abs(x) > Math.abs(most) ? x : most), 0)
+    const d = putHalf(into, 208, greatest / -128)
+    subs.forEach((sub, s) => {
+      const scale = clamp(divide(steps[s]!, d), -128, 127)
+      into.setInt8(192 + s, scale)
+      sub.forEach((x, j) => {
+        const q = clamp(divide(x, d * scale), -32, 31) + 32
+        const { nibble, shift, upper, upperShift } = sixBitPlace(16 * s + j)
+        into.setUint8(nibble, into.getUint8(nibble) | ((q & 15) << shift))
+        into.setUint8(upper, into.getUint8(upper) | ((q >> 4) << upperShift))
+      })
+    })
+  },
+  decode(from, into) {
+    const d = numberOfHalf(from.getUint16(208, true))
+    for (let i = 0; i < 256; i++) {
+      const { nibble, shift, upper, upperShift } = sixBitPlace(i)
+      const q = ((from.getUint8(nibble) >> shift) & 15) | (((from.getUint8(upper) >> upperShift) & 3) << 4)
+      into[i] = d * from.getInt8(192 + (i >> 4)) * (q - 32)
+    }
+  },
+}
+
 export const codecs: Record<TensorTypeName, Codec> = {
   F32: {
     weights: 1,
@@ -139,6 +237,9 @@ export const codecs: Record<TensorTypeName, Codec> = {
   Q4_1: nibbleCodec(4, true),
   Q5_0: nibbleCodec(5, false),
   Q5_1: nibbleCodec(5, true),
+  Q4_K: minimumSuperCodec(4),
+  Q5_K: minimumSuperCodec(5),
+  Q6_K: sixBitCodec,
 }
 
 /** Weights, a whole number of blocks, to the format's bytes. */
@@ -149,6 +250,12 @@ export const quantise = (type: TensorTypeName, weights: Float32Array): Uint8Arra
     codec.encode(weights.subarray(i, i + codec.weights), new DataView(out.buffer, at, codec.bytes))
   }
   return out
+}
+
+/** Where a block has its halves, scale first; the numbers themselves of what is no block. */
+export const halvesOf = (type: TensorTypeName): ReadonlyArray<number> => {
+  if (type === "Q6_K") return [208]
+  return ["Q4_1", "Q5_1", "Q4_K", "Q5_K"].includes(type) ? [0, 2] : [0]
 }
 
 /** The format's bytes to weights. */

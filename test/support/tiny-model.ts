@@ -32,6 +32,8 @@ export interface TinyModelOptions {
   readonly chatTemplate?: string | null
   /** Changes a tensor's weights before they are encoded; the name is as in the file. */
   readonly alter?: (name: string, weights: Float32Array) => void
+  /** Changes a tensor's bytes after that. */
+  readonly alterBytes?: (name: string, bytes: Uint8Array, type: TensorTypeName) => void
   /** Replaces or, with null, removes metadata; for tests of what a loader refuses. */
   readonly metadata?: Readonly<Record<string, Value | null>>
 }
@@ -146,7 +148,9 @@ export const tinyModelBytes = (options: TinyModelOptions = {}): Uint8Array => {
   const tensors: Array<TensorToWrite> = []
   const tensor = (name: string, type: TensorTypeName, shape: ReadonlyArray<number>, weights: Float32Array): void => {
     o.alter?.(name, weights)
-    tensors.push({ name, type, shape, data: quantise(type, weights) })
+    const data = quantise(type, weights)
+    o.alterBytes?.(name, data, type)
+    tensors.push({ name, type, shape, data })
   }
   /** rows x columns, of a deviation that gives outputs of about `gain` for inputs of about 1. */
   const matrix = (name: string, columns: number, rows: number, gain: number): void => {

@@ -1,9 +1,10 @@
 // AVX2: linear layers.
 //
-// A panel's 16 outputs are two registers of eight lanes. A Q4 block's dot of nibbles and int8 fits into 16 bits (8 steps of
-// 2 * 15 * 127), so one widening add a block is enough; a Q8 block's does not, and is widened at each step.
-//   few rows: nibbles are unpacked on the way, half a panel at a time, so that all sums stay in registers
-//   many rows: a panel is unpacked once into scratch and then met by four rows at a time
+// A panel's 16 outputs are two registers of eight lanes. VPMADDUBSW multiplies unsigned levels with signed values and adds pairs
+// to 16 bits, which hold as many steps as levels have bits to spare: all 8 of a block where they have four, 4 where five, 2 where
+// six. Then they are widened to 32 bits, by which Q6_K is multiplied with its factors too.
+//   few rows: levels are unpacked on the way, half a panel at a time, so that all sums stay in registers
+//   many rows: a panel is unpacked once into scratch and then met by some rows at a time
 #include "avx2_kernels.h"
 #include "avx2_math.h"
 
@@ -15,7 +16,6 @@ namespace {
 
 // From this many rows on, unpacking a panel first pays.
 constexpr int kUnpackRows = 12;
-constexpr size_t kUnpackedRecord = 640;  // [32 / 4][16][4] bytes, f32 scale[16], f32 offset[16]
 
 // The rows of a tile, by pointers to the first of them.
 struct Rows {
@@ -23,151 +23,250 @@ struct Rows {
   size_t value_stride;
   const float* scales;
   const float* offsets;
+  const int16_t* sums;
   size_t block_stride;
 };
 
-inline const uint16_t* halves(const uint8_t* bytes) { return reinterpret_cast<const uint16_t*>(bytes); }
-
 inline __m256i load32(const uint8_t* from) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(from)); }
 
-// R rows x 16 outputs, unpacking nibbles for each use.
-template <int R>
-void q4_few_rows(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_stride) {
-  const __m256i low = _mm256_set1_epi8(15);
-  const __m256i ones = _mm256_set1_epi16(1);
-  const char* ahead = reinterpret_cast<const char*>(panel) + 4096;
-  for (int half = 0; half < 2; ++half) {
-    const uint8_t* record = panel + half * 32;
-    const uint8_t* scales = panel + 256 + half * 16;
-    const int8_t* values = rows.values;
-    __m256 sums[R];
-    UNROLL for (int r = 0; r < R; ++r)
-      sums[r] = _mm256_setzero_ps();
-    for (int b = 0; b < blocks; ++b, record += kQ4Record, scales += kQ4Record, values += kBlock) {
-      // Both halves together fetch what lies ahead once.
-      _mm_prefetch(ahead, _MM_HINT_T0);
-      _mm_prefetch(ahead + 64, _MM_HINT_T0);
-      _mm_prefetch(ahead + 128, _MM_HINT_T0);
-      ahead += kQ4Record / 2;
-      __m256i dots[R];  // 16-bit
-      UNROLL for (int j = 0; j < 4; ++j) {
-        const __m256i pairs = load32(record + 64 * j);
-        const __m256i first = _mm256_and_si256(pairs, low);
-        const __m256i second = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), low);
-        UNROLL for (int r = 0; r < R; ++r) {
-          const int8_t* v = values + r * rows.value_stride + 4 * j;
-          const __m256i product = _mm256_maddubs_epi16(first, broadcast4(v));
-          dots[r] = j == 0 ? product : _mm256_add_epi16(dots[r], product);
-          dots[r] = _mm256_add_epi16(dots[r], _mm256_maddubs_epi16(second, broadcast4(v + 16)));
+inline __m128i load16(const uint8_t* from) { return _mm_load_si128(reinterpret_cast<const __m128i*>(from)); }
+
+inline __m256 load_half8(const uint8_t* from) { return _mm256_cvtph_ps(load16(from)); }
+
+inline __m256 load_bytes8(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+
+inline __m256i broadcast_sums(const int16_t* from) {
+  int32_t word;
+  std::memcpy(&word, from, sizeof word);
+  return _mm256_set1_epi32(word);
+}
+
+// Scales of a block, for eight outputs.
+struct Scales {
+  __m256 scale;
+  __m256 offset;
+  __m256i factors;  // of HalfFactors: pairs of 16-bit numbers
+};
+
+// A panel as it is packed, taken in two parts: outputs 0 … 7 and 8 … 15.
+template <BlockFormat kBlocks>
+struct Packed {
+  static constexpr BlockFormat kFormat = kBlocks;
+  static constexpr int kParts = 2;
+  static constexpr int kColumns = 1;  // registers side by side in a part
+  static constexpr size_t kLevelBytes = kFormat.level_bytes();
+  static constexpr size_t kScaleBytes = kFormat.scale_bytes();
+  static constexpr size_t kScalePart = 16;  // from part to part
+
+  // Levels of inputs 4k … 4k + 3, signed where they have 8 bits; see matrix.h.
+  static __m256i levels(const uint8_t* block, int k, int) {
+    if constexpr (kFormat.bits == 8) {
+      return load32(block + 64 * k);
+    } else {
+      const __m256i pairs = load32(block + 64 * (k % 4));
+      const __m256i low = _mm256_and_si256(k < 4 ? pairs : _mm256_srli_epi16(pairs, 4), _mm256_set1_epi8(15));
+      if constexpr (kFormat.bits == 4) return low;
+      // The upper bits move to where they belong, what comes along is masked.
+      const __m256i upper = load32(block + 256 + (kFormat.bits == 6 ? 64 * (k / 4) : 0));
+      const int left = kFormat.bits == 5 ? 4 - k : 4 - 2 * (k % 4);
+      const __m256i moved = left >= 0 ? _mm256_slli_epi16(upper, left) : _mm256_srli_epi16(upper, -left);
+      return _mm256_or_si256(low, _mm256_and_si256(moved, _mm256_set1_epi8(kFormat.bits == 5 ? 0x10 : 0x30)));
+    }
+  }
+
+  // Of block `index` of a record whose scales of this part begin at `from`.
+  static Scales scales(const uint8_t* from, int index, int part, int) {
+    Scales s = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_si256()};
+    s.scale = load_half8(from);
+    if constexpr (kFormat.has_offset()) s.offset = load_half8(from + 32);
+    if constexpr (kFormat.scaling == Scaling::Factors) {
+      const uint8_t* factors = from + 64 + 32 * index - 8 * part;  // a byte each, where kScalePart counts two
+      s.scale = _mm256_mul_ps(s.scale, load_bytes8(factors));
+      s.offset = _mm256_mul_ps(s.offset, load_bytes8(factors + 16));
+    } else if constexpr (kFormat.scaling == Scaling::HalfFactors) {
+      s.factors = _mm256_cvtepi8_epi16(load16(from + 64 + 32 * index));
+    }
+    return s;
+  }
+};
+
+// A panel whose records are spread out: the levels of a block [32 / 4][16][4], its scales f32 scale[16], and f32 offset[16] or
+// i16 factors[16][2].
+template <BlockFormat kBlocks>
+struct Unpacked {
+  static constexpr BlockFormat kFormat = kBlocks;
+  static constexpr int kParts = 1;
+  static constexpr int kColumns = 2;
+  static constexpr size_t kLevelBytes = kUnpackedBlock - 128;
+  static constexpr size_t kScaleBytes = size_t{128} * kFormat.record_blocks();
+  static constexpr size_t kScalePart = 0;
+
+  static __m256i levels(const uint8_t* block, int k, int column) { return load32(block + 64 * k + 32 * column); }
+
+  static Scales scales(const uint8_t* from, int index, int, int column) {
+    from += 128 * index + 32 * column;
+    Scales s = {_mm256_load_ps(reinterpret_cast<const float*>(from)), _mm256_setzero_ps(), _mm256_setzero_si256()};
+    if constexpr (kFormat.has_offset()) s.offset = _mm256_load_ps(reinterpret_cast<const float*>(from + 64));
+    if constexpr (kFormat.scaling == Scaling::HalfFactors) s.factors = load32(from + 64);
+    return s;
+  }
+};
+
+template <BlockFormat kFormat>
+void unpack(const uint8_t* panel, int blocks, uint8_t* scratch) {
+  using From = Packed<kFormat>;
+  using To = Unpacked<kFormat>;
+  constexpr int kBlocks = kFormat.record_blocks();
+  for (int first = 0; first < blocks; first += kBlocks) {
+    const uint8_t* scales = panel + kBlocks * From::kLevelBytes;
+    uint8_t* to_scales = scratch + kBlocks * To::kLevelBytes;
+    for (int i = 0; i < kBlocks; ++i, panel += From::kLevelBytes, scratch += To::kLevelBytes, to_scales += 128) {
+      for (int part = 0; part < 2; ++part) {
+        UNROLL for (int k = 0; k < 8; ++k) {
+          const __m256i levels = From::levels(panel + 32 * part, k, 0);
+          _mm256_store_si256(reinterpret_cast<__m256i*>(scratch + 64 * k + 32 * part), levels);
+        }
+        const Scales s = From::scales(scales + From::kScalePart * part, i, part, 0);
+        uint8_t* to = to_scales + 32 * part;
+        _mm256_store_ps(reinterpret_cast<float*>(to), s.scale);
+        if constexpr (kFormat.has_offset()) _mm256_store_ps(reinterpret_cast<float*>(to + 64), s.offset);
+        if constexpr (kFormat.scaling == Scaling::HalfFactors) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64), s.factors);
         }
       }
-      const __m256 scale = load_half8(halves(scales));
-      const __m256 offset = load_half8(halves(scales + 32));
-      UNROLL for (int r = 0; r < R; ++r) {
-        const __m256 dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(dots[r], ones));
-        const float* s = rows.scales + r * rows.block_stride + b;
-        const float* o = rows.offsets + r * rows.block_stride + b;
-        sums[r] = _mm256_fmadd_ps(dot, _mm256_mul_ps(scale, _mm256_broadcast_ss(s)), sums[r]);
-        sums[r] = _mm256_fmadd_ps(offset, _mm256_broadcast_ss(o), sums[r]);
-      }
     }
-    UNROLL for (int r = 0; r < R; ++r)
-      _mm256_storeu_ps(out + r * out_stride + half * 8, sums[r]);
+    panel += From::kScaleBytes;
+    scratch += To::kScaleBytes;
   }
 }
 
-void unpack_q4(const uint8_t* panel, int blocks, uint8_t* scratch) {
-  const __m256i low = _mm256_set1_epi8(15);
-  for (int b = 0; b < blocks; ++b, panel += kQ4Record, scratch += kUnpackedRecord) {
-    UNROLL for (int i = 0; i < 8; ++i) {
-      const __m256i pairs = load32(panel + 32 * i);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(scratch + 32 * i), _mm256_and_si256(pairs, low));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(scratch + 256 + 32 * i), _mm256_and_si256(_mm256_srli_epi16(pairs, 4), low));
-    }
-    float* floats = reinterpret_cast<float*>(scratch + 512);
-    UNROLL for (int i = 0; i < 4; ++i)
-      _mm256_store_ps(floats + 8 * i, load_half8(halves(panel + 256 + 16 * i)));
-  }
+// Four pairs added up. Signed levels go through |level| and value * sign(level), of which 16 bits hold one step.
+template <int kBits>
+inline __m256i multiply(__m256i levels, __m256i values) {
+  if constexpr (kBits == 8) return _mm256_maddubs_epi16(_mm256_abs_epi8(levels), _mm256_sign_epi8(values, levels));
+  return _mm256_maddubs_epi16(levels, values);
 }
 
-// R rows x 16 outputs on an unpacked panel.
-template <int R>
-void q4_many_rows(const uint8_t* unpacked, int blocks, Rows rows, float* out, size_t out_stride) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  const int8_t* values = rows.values;
-  __m256 sums[R][2];
-  UNROLL for (int r = 0; r < R; ++r)
-    sums[r][0] = sums[r][1] = _mm256_setzero_ps();
-  for (int b = 0; b < blocks; ++b, unpacked += kUnpackedRecord, values += kBlock) {
-    __m256i dots[R][2];  // 16-bit
-    UNROLL for (int k = 0; k < 8; ++k) {
-      const __m256i w0 = load32(unpacked + 64 * k);
-      const __m256i w1 = load32(unpacked + 64 * k + 32);
-      UNROLL for (int r = 0; r < R; ++r) {
-        const __m256i v = broadcast4(values + r * rows.value_stride + 4 * k);
-        const __m256i p0 = _mm256_maddubs_epi16(w0, v);
-        const __m256i p1 = _mm256_maddubs_epi16(w1, v);
-        dots[r][0] = k == 0 ? p0 : _mm256_add_epi16(dots[r][0], p0);
-        dots[r][1] = k == 0 ? p1 : _mm256_add_epi16(dots[r][1], p1);
-      }
-    }
-    const float* scales = reinterpret_cast<const float*>(unpacked + 512);
-    UNROLL for (int r = 0; r < R; ++r) {
-      const __m256 s = _mm256_broadcast_ss(rows.scales + r * rows.block_stride + b);
-      const __m256 o = _mm256_broadcast_ss(rows.offsets + r * rows.block_stride + b);
-      UNROLL for (int c = 0; c < 2; ++c) {
-        const __m256 dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(dots[r][c], ones));
-        sums[r][c] = _mm256_fmadd_ps(dot, _mm256_mul_ps(_mm256_load_ps(scales + 8 * c), s), sums[r][c]);
-        sums[r][c] = _mm256_fmadd_ps(_mm256_load_ps(scales + 16 + 8 * c), o, sums[r][c]);
-      }
-    }
-  }
-  UNROLL for (int r = 0; r < R; ++r) {
-    _mm256_storeu_ps(out + r * out_stride, sums[r][0]);
-    _mm256_storeu_ps(out + r * out_stride + 8, sums[r][1]);
-  }
+// The factor of a half of the block, twice, from pairs of both.
+inline __m256i factor_of_half(__m256i pairs, int half) {
+  return half == 0 ? _mm256_or_si256(_mm256_slli_epi32(pairs, 16), _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff)))
+                   : _mm256_or_si256(_mm256_srli_epi32(pairs, 16), _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff << 16)));
 }
 
-// Signed times signed through |w| and v * sign(w): at most 2 * 128 * 127, which 16 bits hold.
-template <int R>
-void q8_rows(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_stride) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  for (int half = 0; half < 2; ++half) {
-    const uint8_t* record = panel + half * 32;
-    const uint8_t* scales = panel + blocks * kQ8Record + half * 16;
+// R rows x 16 outputs.
+template <class Weights, int R>
+void tile(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_stride) {
+  constexpr BlockFormat kFormat = Weights::kFormat;
+  constexpr int C = Weights::kColumns;
+  constexpr int kSteps = kFormat.bits == 8 ? 1 : 128 >> kFormat.bits;  // that 16 bits hold
+  constexpr bool kHalves = kFormat.scaling == Scaling::HalfFactors;
+  constexpr int kBlocks = kFormat.record_blocks();
+  constexpr size_t kAhead = kFormat.record_bytes() / kBlocks / Weights::kParts;
+  const char* ahead = reinterpret_cast<const char*>(panel) + 16 * kFormat.level_bytes();
+  for (int part = 0; part < Weights::kParts; ++part) {
+    const uint8_t* block = panel + 32 * part;
     const int8_t* values = rows.values;
-    __m256 sums[R];
+    __m256 sums[R][C];
     UNROLL for (int r = 0; r < R; ++r)
-      sums[r] = _mm256_setzero_ps();
-    for (int b = 0; b < blocks; ++b, record += kQ8Record, scales += 2 * kPanel, values += kBlock) {
-      if (half == 0) {
-        UNROLL for (int i = 0; i < 8; ++i)
-          _mm_prefetch(reinterpret_cast<const char*>(record) + 8192 + 64 * i, _MM_HINT_T0);
-      }
-      __m256i dots[R];  // 32-bit
-      UNROLL for (int r = 0; r < R; ++r)
-        dots[r] = _mm256_setzero_si256();
-      UNROLL for (int k = 0; k < 8; ++k) {
-        const __m256i w = load32(record + 64 * k);
-        const __m256i magnitude = _mm256_abs_epi8(w);
-        UNROLL for (int r = 0; r < R; ++r) {
-          const __m256i v = _mm256_sign_epi8(broadcast4(values + r * rows.value_stride + 4 * k), w);
-          dots[r] = _mm256_add_epi32(dots[r], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, v), ones));
+      UNROLL for (int c = 0; c < C; ++c)
+        sums[r][c] = _mm256_setzero_ps();
+    for (int first = 0; first < blocks; first += kBlocks, block += Weights::kScaleBytes) {
+      const uint8_t* scales = block - 32 * part + kBlocks * Weights::kLevelBytes + Weights::kScalePart * part;
+      for (int b = first; b < first + kBlocks; ++b, block += Weights::kLevelBytes, values += kBlock) {
+        if constexpr (Weights::kParts == 2) {
+          // Both parts of a panel together fetch what lies ahead once; what is unpacked is near.
+          UNROLL for (size_t i = 0; i < kAhead; i += 64)
+            _mm_prefetch(ahead + i, _MM_HINT_T0);
+          ahead += kAhead;
+        }
+        Scales s[C];
+        UNROLL for (int c = 0; c < C; ++c)
+          s[c] = Weights::scales(scales, b - first, part, c);
+        __m256i narrow[R][C], dots[R][C];
+        UNROLL for (int step = 0; step < 8; ++step) {
+          // The low and high halves of the same nibbles one after the other, but for a block with two factors.
+          const int k = kHalves || kFormat.bits == 8 ? step : step / 2 + step % 2 * 4;
+          __m256i levels[C], widening[C];
+          UNROLL for (int c = 0; c < C; ++c) {
+            levels[c] = Weights::levels(block, k, c);
+            widening[c] = kHalves ? factor_of_half(s[c].factors, k / 4) : _mm256_set1_epi16(1);
+          }
+          UNROLL for (int r = 0; r < R; ++r) {
+            const __m256i v = broadcast4(values + r * rows.value_stride + 4 * k);
+            UNROLL for (int c = 0; c < C; ++c) {
+              const __m256i product = multiply<kFormat.bits>(levels[c], v);
+              narrow[r][c] = step % kSteps == 0 ? product : _mm256_add_epi16(narrow[r][c], product);
+              if (step % kSteps == kSteps - 1) {
+                const __m256i wide = _mm256_madd_epi16(narrow[r][c], widening[c]);
+                dots[r][c] = step < kSteps ? wide : _mm256_add_epi32(dots[r][c], wide);
+              }
+            }
+          }
+        }
+        UNROLL for (int c = 0; c < C; ++c) {
+          __m256i centres = _mm256_set1_epi16(static_cast<int16_t>(-kFormat.centre()));
+          if constexpr (kHalves) centres = _mm256_mullo_epi16(centres, s[c].factors);
+          UNROLL for (int r = 0; r < R; ++r) {
+            if constexpr (kFormat.centre() != 0) {
+              const __m256i block_sums = broadcast_sums(rows.sums + 2 * (r * rows.block_stride + b));
+              dots[r][c] = _mm256_add_epi32(dots[r][c], _mm256_madd_epi16(centres, block_sums));
+            }
+            const __m256 scale = _mm256_mul_ps(s[c].scale, _mm256_broadcast_ss(rows.scales + r * rows.block_stride + b));
+            sums[r][c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r][c]), scale, sums[r][c]);
+            if constexpr (kFormat.has_offset()) {
+              const __m256 offset = _mm256_broadcast_ss(rows.offsets + r * rows.block_stride + b);
+              sums[r][c] = _mm256_fmadd_ps(s[c].offset, offset, sums[r][c]);
+            }
+          }
         }
       }
-      const __m256 scale = load_half8(halves(scales));
-      UNROLL for (int r = 0; r < R; ++r) {
-        const __m256 s = _mm256_broadcast_ss(rows.scales + r * rows.block_stride + b);
-        sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r]), _mm256_mul_ps(scale, s), sums[r]);
-      }
     }
     UNROLL for (int r = 0; r < R; ++r)
-      _mm256_storeu_ps(out + r * out_stride + half * 8, sums[r]);
+      UNROLL for (int c = 0; c < C; ++c)
+        _mm256_storeu_ps(out + r * out_stride + 8 * (part + c), sums[r][c]);
   }
 }
+
+// All rows of the input, four at a time.
+template <class Weights>
+void in_fours(const uint8_t* panel, int blocks, const LinearInput& input, float* out, size_t out_stride) {
+  using Tile = void (*)(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_stride);
+  constexpr Tile kTiles[4] = {tile<Weights, 1>, tile<Weights, 2>, tile<Weights, 3>, tile<Weights, 4>};
+  for (int row = 0; row < input.rows; row += 4) {
+    const int count = input.rows - row < 4 ? input.rows - row : 4;
+    const size_t block_row = row * input.block_stride;
+    const Rows rows = {input.values + row * input.value_stride,
+                       input.value_stride,
+                       input.scales + block_row,
+                       input.offsets + block_row,
+                       input.sums + 2 * block_row,
+                       input.block_stride};
+    kTiles[count - 1](panel, blocks, rows, out + row * out_stride, out_stride);
+  }
+}
+
+template <BlockFormat kFormat>
+void quantised_panel(const uint8_t* panel, int blocks, const LinearInput& input, float* out, size_t out_stride, uint8_t* scratch) {
+  if constexpr (kFormat.bits != 8) {  // which are bytes already
+    if (input.rows >= kUnpackRows) {
+      unpack<kFormat>(panel, blocks, scratch);
+      return in_fours<Unpacked<kFormat>>(scratch, blocks, input, out, out_stride);
+    }
+  }
+  in_fours<Packed<kFormat>>(panel, blocks, input, out, out_stride);
+}
+
+struct Bfloat {
+  uint16_t bits;
+};
 
 inline __m256 load_weights(const float* from) { return _mm256_load_ps(from); }
-inline __m256 load_weights(const uint16_t* from) { return load_half8(from); }
+inline __m256 load_weights(const uint16_t* from) { return load_half8(reinterpret_cast<const uint8_t*>(from)); }
+inline __m256 load_weights(const Bfloat* from) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(reinterpret_cast<const uint8_t*>(from))), 16));
+}
 
 // R rows x 16 outputs of an unquantised panel [inputs, 16].
 template <int R, class Element>
@@ -204,22 +303,6 @@ void float_panel(const uint8_t* panel, int inputs, const LinearInput& input, flo
     float_rows<1>(w, inputs, input.x + row * input.x_stride, input.x_stride, out + row * out_stride, out_stride);
 }
 
-using Tile = void (*)(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_stride);
-
-// All rows of the input, four at a time.
-void in_fours(const Tile tiles[5], const uint8_t* panel, int blocks, const LinearInput& input, float* out, size_t out_stride) {
-  for (int row = 0; row < input.rows; row += 4) {
-    const int count = input.rows - row < 4 ? input.rows - row : 4;
-    const Rows rows = {input.values + row * input.value_stride, input.value_stride, input.scales + row * input.block_stride,
-                       input.offsets + row * input.block_stride, input.block_stride};
-    tiles[count](panel, blocks, rows, out + row * out_stride, out_stride);
-  }
-}
-
-constexpr Tile kQ4FewRows[5] = {nullptr, q4_few_rows<1>, q4_few_rows<2>, q4_few_rows<3>, q4_few_rows<4>};
-constexpr Tile kQ4ManyRows[5] = {nullptr, q4_many_rows<1>, q4_many_rows<2>, q4_many_rows<3>, q4_many_rows<4>};
-constexpr Tile kQ8Rows[5] = {nullptr, q8_rows<1>, q8_rows<2>, q8_rows<3>, q8_rows<4>};
-
 }  // namespace
 
 void linear(const Matrix& matrix, int first, int last, const LinearInput& input, float* out, size_t out_stride,
@@ -227,18 +310,19 @@ void linear(const Matrix& matrix, int first, int last, const LinearInput& input,
   for (int p = first; p < last; ++p) {
     const uint8_t* panel = matrix.panel(p);
     float* panel_out = out + size_t(p) * kPanel;
-    switch (matrix.format) {
-      case MatrixFormat::F32: float_panel<float>(panel, matrix.inputs, input, panel_out, out_stride); break;
-      case MatrixFormat::F16: float_panel<uint16_t>(panel, matrix.inputs, input, panel_out, out_stride); break;
-      case MatrixFormat::Q4:
-        if (input.rows < kUnpackRows) {
-          in_fours(kQ4FewRows, panel, matrix.blocks(), input, panel_out, out_stride);
-        } else {
-          unpack_q4(panel, matrix.blocks(), scratch);
-          in_fours(kQ4ManyRows, scratch, matrix.blocks(), input, panel_out, out_stride);
-        }
-        break;
-      case MatrixFormat::Q8: in_fours(kQ8Rows, panel, matrix.blocks(), input, panel_out, out_stride); break;
+    const auto quantised = [&](auto by_format) { by_format(panel, matrix.blocks(), input, panel_out, out_stride, scratch); };
+    switch (matrix.type) {
+      case TensorType::F32: float_panel<float>(panel, matrix.inputs, input, panel_out, out_stride); break;
+      case TensorType::F16: float_panel<uint16_t>(panel, matrix.inputs, input, panel_out, out_stride); break;
+      case TensorType::BF16: float_panel<Bfloat>(panel, matrix.inputs, input, panel_out, out_stride); break;
+      case TensorType::Q4_0: quantised(quantised_panel<block_format(TensorType::Q4_0)>); break;
+      case TensorType::Q4_1: quantised(quantised_panel<block_format(TensorType::Q4_1)>); break;
+      case TensorType::Q5_0: quantised(quantised_panel<block_format(TensorType::Q5_0)>); break;
+      case TensorType::Q5_1: quantised(quantised_panel<block_format(TensorType::Q5_1)>); break;
+      case TensorType::Q8_0: quantised(quantised_panel<block_format(TensorType::Q8_0)>); break;
+      case TensorType::Q4_K: quantised(quantised_panel<block_format(TensorType::Q4_K)>); break;
+      case TensorType::Q5_K: quantised(quantised_panel<block_format(TensorType::Q5_K)>); break;
+      case TensorType::Q6_K: quantised(quantised_panel<block_format(TensorType::Q6_K)>); break;
     }
   }
 }

@@ -73,21 +73,18 @@ void quantise(const float* x, int length, QuantisedRow row) {
     const float scale = zero ? 0.0f : max * (1.0f / 127.0f);
     const __m256 inverse = _mm256_set1_ps(zero ? 0.0f : 127.0f / max);
     __m256i q[4];
-    __m256i sums = _mm256_setzero_si256();
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));  // to nearest, as the thread's mode says
-      sums = _mm256_add_epi32(sums, q[i]);
-    }
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-    const int32_t sum = _mm_cvtsi128_si32(s);
+    for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));  // to nearest, as the thread's mode says
+    const __m256i pairs = _mm256_hadd_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    s = _mm_hadd_epi32(s, s);
+    const int32_t sums[2] = {_mm_cvtsi128_si32(s), _mm_extract_epi32(s, 1)};
     const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.values + b * kBlock), _mm256_permutevar8x32_epi32(bytes, order));
     row.scales[b] = scale;
-    row.offsets[b] = scale * static_cast<float>(sum);
-    row.sums[b] = sum;
+    row.offsets[b] = scale * static_cast<float>(sums[0] + sums[1]);
+    row.sums[2 * b] = static_cast<int16_t>(sums[0]);
+    row.sums[2 * b + 1] = static_cast<int16_t>(sums[1]);
   }
 }
 

@@ -19,7 +19,7 @@ struct QuantisedRow {
   int8_t* values;  // [inputs]
   float* scales;   // [inputs / 32]
   float* offsets;  // [inputs / 32] scale * sum of the block's values: what a weight's offset is multiplied with
-  int32_t* sums;   // [inputs / 32] sum of the block's values
+  int16_t* sums;   // [inputs / 32, 2] sums of the block's first and last 16 values
 };
 
 // The input of a linear layer, in both forms; a matrix uses one (Matrix::quantised).
@@ -31,7 +31,7 @@ struct LinearInput {
   size_t value_stride;
   const float* scales;   // [rows, block_stride]
   const float* offsets;  // [rows, block_stride]
-  const int32_t* sums;   // [rows, block_stride]
+  const int16_t* sums;   // [rows, block_stride, 2]
   size_t block_stride;
 };
 
@@ -96,10 +96,9 @@ struct Kernels {
   void (*transpose)(const WireHalf* from, size_t from_stride, int rows, int columns, WireHalf* to, size_t to_stride);
 };
 
-// Room for one panel with its nibbles and scales spread out to bytes and floats.
-inline size_t linear_scratch(const Matrix& matrix) {
-  return matrix.format == MatrixFormat::Q4 ? size_t(matrix.blocks()) * 640 : 0;
-}
+// Room for one panel with its levels spread out to bytes and its scales to floats.
+constexpr size_t kUnpackedBlock = 640;
+inline size_t linear_scratch(const Matrix& matrix) { return matrix.quantised() ? matrix.blocks() * kUnpackedBlock : 0; }
 
 extern const Kernels kReferenceKernels;
 #if defined(PENSTOCK_X86)

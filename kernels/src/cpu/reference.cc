@@ -2,6 +2,7 @@
 //
 // A sum over the inputs of a linear layer is one chain of fma in input order. A sum over a vector runs in 16 lanes
 // (element i in lane i mod 16) that a fixed tree adds up. Nothing depends on how many rows or panels a call is given.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -50,82 +51,60 @@ void quantise(const float* x, int length, QuantisedRow row) {
     const bool zero = max < kSmallestBlock;
     const float scale = zero ? 0.0f : max * (1.0f / 127.0f);
     const float inverse = zero ? 0.0f : 127.0f / max;
-    int32_t sum = 0;
+    int32_t sums[2] = {0, 0};
     for (int i = 0; i < kBlock; ++i) {
       const int8_t value = static_cast<int8_t>(round_to_int(x[i] * inverse));
       row.values[b * kBlock + i] = value;
-      sum += value;
+      sums[i / 16] += value;
     }
     row.scales[b] = scale;
-    row.offsets[b] = scale * static_cast<float>(sum);
-    row.sums[b] = sum;
+    row.offsets[b] = scale * static_cast<float>(sums[0] + sums[1]);
+    for (int h = 0; h < 2; ++h) row.sums[2 * b + h] = static_cast<int16_t>(sums[h]);
   }
 }
 
-// ---- linear layers: 16 outputs of one row ----
+// ---- linear layers ----
 
-inline uint16_t half_at(const uint8_t* bytes, int index) {
-  uint16_t half;
-  std::memcpy(&half, bytes + 2 * index, sizeof half);
-  return half;
-}
+// Rows that share what is read of the weights; no more than a matter of speed.
+constexpr int kRows = 32;
 
-void panel_f32(const Matrix& matrix, const uint8_t* panel, const float* x, float* out) {
-  const float* w = reinterpret_cast<const float*>(panel);  // [inputs, 16]
-  for (int k = 0; k < matrix.inputs; ++k) {
-    for (int o = 0; o < kPanel; ++o) out[o] = std::fma(x[k], w[size_t(k) * kPanel + o], out[o]);
-  }
-}
-
-void panel_f16(const Matrix& matrix, const uint8_t* panel, const float* x, float* out) {
-  const uint16_t* w = reinterpret_cast<const uint16_t*>(panel);  // [inputs, 16]
-  for (int k = 0; k < matrix.inputs; ++k) {
-    for (int o = 0; o < kPanel; ++o) out[o] = std::fma(x[k], float_of_half(w[size_t(k) * kPanel + o]), out[o]);
-  }
-}
-
-void panel_q4(const Matrix& matrix, const uint8_t* panel, const int8_t* values, const float* scales, const float* offsets,
-              float* out) {
-  for (int b = 0; b < matrix.blocks(); ++b, panel += kQ4Record, values += kBlock) {
-    for (int o = 0; o < kPanel; ++o) {
-      int32_t dot = 0;
-      for (int i = 0; i < 16; ++i) {
-        const uint8_t pair = panel[64 * (i / 4) + 4 * o + i % 4];
-        dot += (pair & 15) * values[i] + (pair >> 4) * values[16 + i];
-      }
-      out[o] = std::fma(static_cast<float>(dot), float_of_half(half_at(panel + 256, o)) * scales[b], out[o]);
-      out[o] = std::fma(float_of_half(half_at(panel + 288, o)), offsets[b], out[o]);
+// One output of some rows. Blocks in order: the exact dot times both scales is added, then the offset times what the block's
+// values add up to.
+void quantised_output(const Matrix& matrix, const uint8_t* panel, int o, const LinearInput& input, int first, int rows,
+                      float* sums /* [rows] */) {
+  const bool has_offset = block_format(matrix.type).has_offset();
+  for (int b = 0; b < matrix.blocks(); ++b) {
+    const Block block = read_block(matrix, panel, b, o);
+    for (int r = 0; r < rows; ++r) {
+      const int8_t* values = input.values + (first + r) * input.value_stride + b * kBlock;
+      int32_t dots[2] = {0, 0};
+      for (int i = 0; i < 16; ++i) dots[0] += block.levels[i] * values[i];
+      for (int i = 16; i < kBlock; ++i) dots[1] += block.levels[i] * values[i];
+      // At most 2 * 128 * 16 * 32 * 127 for Q6_K: below 2^24, so exact as a float.
+      const float dot = static_cast<float>(block.factors[0] * dots[0] + block.factors[1] * dots[1]);
+      const size_t at = (first + r) * input.block_stride + b;
+      sums[r] = std::fma(dot, block.scale * input.scales[at], sums[r]);
+      if (has_offset) sums[r] = std::fma(block.offset, input.offsets[at], sums[r]);
     }
   }
 }
 
-void panel_q8(const Matrix& matrix, const uint8_t* panel, const int8_t* values, const float* scales, float* out) {
-  const uint8_t* weight_scales = panel + matrix.blocks() * kQ8Record;
-  for (int b = 0; b < matrix.blocks(); ++b, panel += kQ8Record, values += kBlock, weight_scales += 2 * kPanel) {
-    for (int o = 0; o < kPanel; ++o) {
-      int32_t dot = 0;
-      for (int i = 0; i < kBlock; ++i) dot += static_cast<int8_t>(panel[64 * (i / 4) + 4 * o + i % 4]) * values[i];
-      out[o] = std::fma(static_cast<float>(dot), float_of_half(half_at(weight_scales, o)) * scales[b], out[o]);
-    }
+void float_output(const Matrix& matrix, const uint8_t* panel, int o, const LinearInput& input, int first, int rows,
+                  float* sums /* [rows] */) {
+  for (int k = 0; k < matrix.inputs; ++k) {
+    const float weight = read_float(matrix, panel, k, o);
+    for (int r = 0; r < rows; ++r) sums[r] = std::fma(input.x[(first + r) * input.x_stride + k], weight, sums[r]);
   }
 }
 
 void linear(const Matrix& matrix, int first, int last, const LinearInput& input, float* out, size_t out_stride, uint8_t*) {
-  for (int p = first; p < last; ++p) {
-    const uint8_t* panel = matrix.panel(p);
-    for (int row = 0; row < input.rows; ++row) {
-      float sums[kPanel] = {};
-      const float* x = input.x + row * input.x_stride;
-      const int8_t* values = input.values + row * input.value_stride;
-      const float* scales = input.scales + row * input.block_stride;
-      const float* offsets = input.offsets + row * input.block_stride;
-      switch (matrix.format) {
-        case MatrixFormat::F32: panel_f32(matrix, panel, x, sums); break;
-        case MatrixFormat::F16: panel_f16(matrix, panel, x, sums); break;
-        case MatrixFormat::Q4: panel_q4(matrix, panel, values, scales, offsets, sums); break;
-        case MatrixFormat::Q8: panel_q8(matrix, panel, values, scales, sums); break;
-      }
-      for (int o = 0; o < kPanel; ++o) out[row * out_stride + size_t(p) * kPanel + o] = sums[o];
+  for (int output = first * kPanel; output < last * kPanel; ++output) {
+    for (int row = 0; row < input.rows; row += kRows) {
+      const int rows = std::min(kRows, input.rows - row);
+      float sums[kRows] = {};
+      const auto add_up = matrix.quantised() ? quantised_output : float_output;
+      add_up(matrix, matrix.panel(output / kPanel), output % kPanel, input, row, rows, sums);
+      for (int r = 0; r < rows; ++r) out[(row + r) * out_stride + output] = sums[r];
     }
   }
 }

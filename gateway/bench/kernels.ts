@@ -16,7 +16,7 @@ import { bestInstructionSet, instructionSets, readGguf, type Gguf } from "../../
 import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
 import { Tokenizer } from "../../actors/request/tokenizer.ts"
 import { median, rounded, table } from "./figures.ts"
-import { contextTokens, firstPromptTokens, type KernelsOrder, type KernelsReport, type OpenOptions } from "./kernels-order.ts"
+import { contextTokens, firstPromptTokens, longestPrompt, type KernelsOrder, type KernelsReport, type OpenOptions } from "./kernels-order.ts"
 import { openVino } from "./openvino.ts"
 import { BenchError, peerProcess, type Peer } from "./peer.ts"
 import { requantiseToQ40 } from "./requantise.ts"
@@ -41,6 +41,8 @@ type RateName = Workload["name"]
 
 export type Rates = Record<RateName, number>
 export interface RuntimeFigures extends Rates {
+  /** Of the fastest run instead of the median: on a machine that others use, what comes closest to one that they do not. */
+  readonly best: Rates
   /** In a fresh process: from before the model is loaded, its library being there, until a token is drawn after a prompt of 16. */
   readonly loadToFirstTokenMs: number
   /** Of the text; undefined where the runtime does not tell. */
@@ -59,6 +61,8 @@ export interface KernelsFigures extends RuntimeFigures {
   readonly machine: string
   readonly isa: string
   readonly threads: number
+  /** Of the cores' time, while none of the runtimes had anything to do: what others took. Above a few hundredths, measure again. */
+  readonly othersShare: number
   readonly contextTokens: number
   readonly perplexityTokens: number
   readonly peakGmacPerS: number
@@ -108,13 +112,34 @@ const open = (contestant: Contestant, vocabulary: number): Effect.Effect<{ reado
     Effect.map(attempt(() => process.ask({ type: "open", open: contestant.options, prompt: distinctTokens(firstPromptTokens, vocabulary, 1) })), (tookMs) => ({ process, tookMs: tookMs as number })),
   )
 
-const rest = (): Promise<void> => new Promise((resolve) => setTimeout(resolve, restMs))
+const busyMs = (): { readonly busy: number; readonly all: number } => {
+  const sums = cpus().map(({ times }) => ({ busy: times.user + times.nice + times.sys + times.irq, all: times.user + times.nice + times.sys + times.irq + times.idle }))
+  return { busy: sums.reduce((sum, { busy }) => sum + busy, 0), all: sums.reduce((sum, { all }) => sum + all, 0) }
+}
+
+/** Pauses between runs, and what the cores do meanwhile, which is others' work. */
+class Rests {
+  #busyMs = 0
+  #allMs = 0
+
+  async take(): Promise<void> {
+    const before = busyMs()
+    await new Promise((resolve) => setTimeout(resolve, restMs))
+    const after = busyMs()
+    this.#busyMs += after.busy - before.busy
+    this.#allMs += after.all - before.all
+  }
+
+  get othersShare(): number {
+    return rounded(this.#busyMs / Math.max(1, this.#allMs))
+  }
+}
 
 /** Who is first takes turns. */
 const inTurn = <A>(all: ReadonlyArray<A>, round: number): ReadonlyArray<readonly [number, A]> => all.map((_, i) => [(i + round) % all.length, all[(i + round) % all.length]!] as const)
 
 /** Rates of one workload by contestant and round, in tokens a second. */
-const alternate = async (workload: Workload, processes: ReadonlyArray<Process>, vocabulary: number): Promise<ReadonlyArray<ReadonlyArray<number>>> => {
+const alternate = async (workload: Workload, processes: ReadonlyArray<Process>, vocabulary: number, rests: Rests): Promise<ReadonlyArray<ReadonlyArray<number>>> => {
   const rates: ReadonlyArray<Array<number>> = processes.map(() => [])
   const context = distinctTokens(contextTokens, vocabulary, 2)
   let startedAtMs = performance.now()
@@ -127,7 +152,7 @@ const alternate = async (workload: Workload, processes: ReadonlyArray<Process>, 
       const tookMs = (await process.ask(order)) as number
       const tokens = "prompt" in workload ? workload.prompt : workload.sequences * workload.steps
       if (round >= 0) rates[i]!.push((tokens * 1000) / tookMs)
-      await rest()
+      await rests.take()
     }
     if (round < 0) startedAtMs = performance.now() // caches and contexts are warm
   }
@@ -139,13 +164,16 @@ const peaks = async (threads: number, isa: string): Promise<{ readonly peakGmacP
   return JSON.parse(stdout) as { peakGmacPerS: number; peakReadGbPerS: number }
 }
 
+/** A number under the architecture's name; 0 where there is none. */
+const numberOf = (metadata: Gguf["metadata"], key: string): number => Number(metadata.get(`${String(metadata.get("general.architecture"))}.${key}`) ?? 0)
+
 /** What a model's forward multiplies and reads at least. */
 const work = ({ tensors, metadata }: Gguf) => {
   const embedding = tensors.find(({ name }) => name === "token_embd.weight")
   const head = tensors.find(({ name }) => name === "output.weight") ?? embedding
   const layers = tensors.filter(({ name, shape }) => shape.length === 2 && name.startsWith("blk."))
   const size = (tensor: Gguf["tensors"][number] | undefined): number => tensor?.shape.reduce((a, b) => a * b, 1) ?? 0
-  const number = (key: string): number => Number(metadata.get(`llama.${key}`) ?? 0)
+  const number = (key: string): number => numberOf(metadata, key)
   const headDim = number("attention.key_length") || number("embedding_length") / number("attention.head_count")
   return {
     layerMacs: layers.reduce((sum, tensor) => sum + size(tensor), 0),
@@ -202,7 +230,8 @@ export const kernelsFigures = (model: ResolvedModel, options: KernelsOptions): E
     const gguf = yield* attempt(() => readGguf(model.path))
     const text = yield* Effect.try({ try: () => readText(options.text ?? defaultText), catch: (error) => error as Error })
     const tokenizer = new Tokenizer(gguf.metadata)
-    const context = Number(gguf.metadata.get("llama.context_length") ?? scoredTokens)
+    const context = numberOf(gguf.metadata, "context_length")
+    if (context < longestPrompt) return yield* Effect.fail(new BenchError(`bench kernels: expected a model with a context of ${longestPrompt} tokens at least, found ${context}`))
     const tokens = tokenizer.encode(text, { special: false, bos: true }).slice(0, Math.min(scoredTokens, context))
     if (tokens.length < 2) return yield* Effect.fail(new BenchError("--text: expected a text of two tokens at least"))
     const threads = options.env.threads ?? availableParallelism()
@@ -222,8 +251,9 @@ export const kernelsFigures = (model: ResolvedModel, options: KernelsOptions): E
     yield* Effect.addFinalizer(() => Scope.close(scope, Exit.void))
     const processes: Array<Process> = []
     for (const contestant of contestants) processes.push((yield* Scope.provide(open(contestant, vocabulary), scope)).process)
+    const rests = new Rests()
     const rates = new Map<RateName, ReadonlyArray<ReadonlyArray<number>>>()
-    for (const workload of workloads) rates.set(workload.name, yield* attempt(() => alternate(workload, processes, vocabulary)))
+    for (const workload of workloads) rates.set(workload.name, yield* attempt(() => alternate(workload, processes, vocabulary, rests)))
     const perplexities: Array<number | undefined> = []
     for (const [i, { scores }] of contestants.entries()) {
       perplexities.push(scores ? perplexity((yield* attempt(() => processes[i]!.ask({ type: "score", tokens }))) as ReadonlyArray<number>) : undefined)
@@ -231,7 +261,7 @@ export const kernelsFigures = (model: ResolvedModel, options: KernelsOptions): E
     yield* Scope.close(scope, Exit.void)
     measuredPeaks.push(yield* attempt(() => peaks(threads, isa)))
 
-    const figuresOf = (i: number): RuntimeFigures => ({ ...ratesOf(({ name }) => median(rates.get(name)![i]!)), loadToFirstTokenMs: rounded(median(tookMs[i]!)), perplexity: perplexities[i] })
+    const figuresOf = (i: number): RuntimeFigures => ({ ...ratesOf(({ name }) => median(rates.get(name)![i]!)), best: ratesOf(({ name }) => Math.max(...rates.get(name)![i]!)), loadToFirstTokenMs: rounded(median(tookMs[i]!)), perplexity: perplexities[i] })
     const ratioTo = (i: number): Compared["ratio"] => ({
       ...ratesOf(({ name }) => median(rates.get(name)![0]!.map((rate, round) => rate / rates.get(name)![i]![round]!))),
       loadToFirstTokenMs: rounded(median(tookMs[0]!.map((ours, round) => tookMs[i]![round]! / ours))),
@@ -239,7 +269,7 @@ export const kernelsFigures = (model: ResolvedModel, options: KernelsOptions): E
     const peak = { peakGmacPerS: Math.max(...measuredPeaks.map(({ peakGmacPerS }) => peakGmacPerS)), peakReadGbPerS: Math.max(...measuredPeaks.map(({ peakReadGbPerS }) => peakReadGbPerS)) }
     const ours = figuresOf(0)
     return {
-      model: model.name, machine: `${cpus()[0]?.model.trim() ?? "unknown"}, ${availableParallelism()} cores`, isa, threads, contextTokens,
+      model: model.name, machine: `${cpus()[0]?.model.trim() ?? "unknown"}, ${availableParallelism()} cores`, isa, threads, othersShare: rests.othersShare, contextTokens,
       ...ours, perplexityTokens: tokens.length - 1, ...peak, ...shares(gguf, ours, peak),
       peers: contestants.slice(1).map(({ name }, i) => ({ runtime: name, figures: figuresOf(i + 1), ratio: ratioTo(i + 1) })),
     }
@@ -260,7 +290,7 @@ export const kernelsTable = (figures: KernelsFigures): string => {
   }
   return [
     `${figures.model}, ${figures.machine}, ${figures.isa}, ${figures.threads} threads; decode at a context of ${figures.contextTokens} tokens a sequence`,
-    `peaks measured: ${figures.peakGmacPerS} G MAC/s, ${figures.peakReadGbPerS} GB/s read`,
+    `peaks measured: ${figures.peakGmacPerS} G MAC/s, ${figures.peakReadGbPerS} GB/s read; others' share of the cores: ${percent(figures.othersShare)}`,
     table([
       ["tokens a second", "Penstock", ...figures.peers.flatMap(({ runtime }) => [runtime, "ratio"]), "MAC share", "read share"],
       ...workloads.map(({ name, says }) => row(says, "", (from) => from[name], (from) => from[name], percent(figures.macShare[name]), percent(figures.bandwidthShare[name]))),

@@ -7,7 +7,7 @@ import type { KernelsOrder, KernelsReport } from "./kernels-order.ts"
 import { BenchError, type Peer, type Report } from "./peer.ts"
 
 const version = "2026.4.1.0"
-const program = fileURLToPath(new URL("./openvino.py", import.meta.url))
+const program = fileURLToPath(new URL("./openvino-peer.py", import.meta.url))
 const environment = fileURLToPath(new URL("../../build/openvino", import.meta.url))
 const defaultPython = `${environment}/bin/python`
 

@@ -11,6 +11,6 @@ export default defineConfig({
     testTimeout: 60_000,
     hookTimeout: 60_000,
     teardownTimeout: 10_000,
-    reporters: ["default", "./test/support/closing-line-reporter.ts"]
+    reporters: ["default", ["./test/support/closing-line-reporter.ts", { file: "build/counts.json" }]]
   }
 })

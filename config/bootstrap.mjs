@@ -260,8 +260,11 @@ try {
     case "test":
       process.exitCode = await runTests(args)
       break
+    case "sanitize":
+      process.exitCode = await runChild([...typescript(), at("test", "sanitize", "main.ts"), ...args])
+      break
     default:
-      throw new Remedy(`config/bootstrap.mjs: expected build, start, run or test, found ${String(task)}`)
+      throw new Remedy(`config/bootstrap.mjs: expected build, start, run, test or sanitize, found ${String(task)}`)
   }
 } catch (error) {
   say(error instanceof Remedy || error?.code === "ENOSPC" ? error.message : (error?.stack ?? String(error)))

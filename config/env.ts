@@ -19,6 +19,10 @@ export interface Env {
   readonly natsServer: string | undefined
   /** A Jaeger binary, for the test of traces. */
   readonly jaeger: string | undefined
+  /** The folder of node-llama-cpp, for a bench beside it. */
+  readonly nodeLlamaCpp: string | undefined
+  /** The python of an environment with openvino-genai, for a bench beside it. */
+  readonly openVinoPython: string | undefined
   /** Folders that programs are looked for in: the absolute ones of PATH. */
   readonly searchPath: ReadonlyArray<string>
   readonly otlpEndpoint: string | undefined
@@ -79,6 +83,8 @@ export const readEnv = (variables: NodeJS.ProcessEnv = process.env): Env => {
     threads: integer("PENSTOCK_THREADS", 1, 1024),
     natsServer: absolute("PENSTOCK_NATS_SERVER"),
     jaeger: absolute("PENSTOCK_JAEGER"),
+    nodeLlamaCpp: absolute("PENSTOCK_NODE_LLAMA_CPP"),
+    openVinoPython: absolute("PENSTOCK_OPENVINO_PYTHON"),
     searchPath: (value("PATH") ?? "").split(delimiter).filter((folder) => isAbsolute(folder)),
     otlpEndpoint: url("OTEL_EXPORTER_OTLP_ENDPOINT"),
     hfEndpoint: url("HF_ENDPOINT") ?? "https://huggingface.co"

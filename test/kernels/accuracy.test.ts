@@ -109,32 +109,38 @@ describe("tiny models", () => {
   })
 })
 
+/** What test/support/make-fixtures.ts wrote. */
 interface TeacherForced {
   readonly tokens: ReadonlyArray<number>
-  readonly argmax: ReadonlyArray<number> // [tokens - 1]
+  readonly argmax: ReadonlyArray<number> // [tokens - 1] of the exact forward
   readonly logprob: ReadonlyArray<number> // [tokens - 1]
+  /** Of llama.cpp on the same file and tokens: the mean of |log p - exact log p|, and positions with the exact argmax. */
+  readonly llamaCpp: { readonly meanDifference: number; readonly sameArgmax: number }
 }
 
 const modelPath = realModelPath()
 
 describe.skipIf(modelPath === undefined)("SmolLM2-135M", () => {
-  test("teacher-forced over a page of prose: the same most likely token on 93 % of positions, log p within 0.06 on average", async () => {
-    const fixture = JSON.parse(readFileSync(new URL("../fixtures/smollm2-teacher-forced.json", import.meta.url), "utf8")) as TeacherForced
-    const engine = await Engine.load({ path: modelPath!, blocks: 32, blockTokens: 16, threads: 2, maxRows: 64, maxOutputs: 64 })
+  test("teacher-forced over 2,000 tokens: log p as close to the exact forward's as llama.cpp's, the most likely token as often the same", async () => {
+    const { tokens, argmax, logprob, llamaCpp } = JSON.parse(readFileSync(new URL("../fixtures/smollm2-teacher-forced.json", import.meta.url), "utf8")) as TeacherForced
+    const positions = tokens.length - 1
+    expect(positions).toBeGreaterThanOrEqual(2000)
+    const engine = await Engine.load({ path: modelPath!, blocks: Math.ceil(tokens.length / 16), blockTokens: 16, threads: 2, maxRows: 256, maxOutputs: 256 })
     const sequence = new Sequence(engine)
-    const positions = fixture.tokens.length - 1
     let same = 0
     let difference = 0
-    for (let start = 0; start < positions; start += 64) {
-      const chunk = fixture.tokens.slice(start, Math.min(start + 64, positions))
-      const result = await sequence.feed(chunk, chunk.map((_, row) => ({ row, target: fixture.tokens[start + row + 1]!, top: 1 })))
+    for (let start = 0; start < positions; start += 256) {
+      const chunk = tokens.slice(start, Math.min(start + 256, positions))
+      const result = await sequence.feed(chunk, chunk.map((_, row) => ({ row, target: tokens[start + row + 1]!, top: 1 })))
       for (let row = 0; row < chunk.length; row++) {
-        if (result.topTokens[row] === fixture.argmax[start + row]) same++
-        difference += Math.abs(result.logprobs[row]! - fixture.logprob[start + row]!)
+        if (result.topTokens[row] === argmax[start + row]) same++
+        difference += Math.abs(result.logprobs[row]! - logprob[start + row]!)
       }
     }
     await engine.close()
-    expect(same / positions).toBeGreaterThanOrEqual(0.93)
-    expect(difference / positions).toBeLessThanOrEqual(0.06)
+    expect(difference / positions).toBeLessThanOrEqual(1.1 * llamaCpp.meanDifference)
+    // Measured: 0.0439 against llama.cpp's 0.0529, and 2,229 against 2,233 of 2,289. Both miss only where two tokens are nearly as
+    // likely as each other, which is a coin's toss, so that counts of misses differ by twice their root without a reason.
+    expect(same).toBeGreaterThanOrEqual(llamaCpp.sameArgmax - 2 * Math.sqrt(positions - llamaCpp.sameArgmax))
   }, 120_000)
 })

@@ -1,29 +1,22 @@
 /**
- * Writes test/fixtures: what independent programs say about SmolLM2-135M-Instruct.
+ * Writes test/fixtures: what independent programs say about SmolLM2-135M-Instruct. About two minutes.
  *
  *     npm install --prefix ELSEWHERE --ignore-scripts node-llama-cpp@3.22.1
- *     node_modules/.bin/tsx test/support/make-fixtures.ts MODEL.gguf ELSEWHERE/node_modules/node-llama-cpp
+ *     python3 -m venv ELSEWHERE/python && ELSEWHERE/python/bin/pip install numpy
+ *     node_modules/.bin/tsx test/support/make-fixtures.ts MODEL.gguf ELSEWHERE/node_modules/node-llama-cpp ELSEWHERE/python/bin/python
  *
  * - smollm2-tokens.json: texts and their tokens by llama.cpp (through node-llama-cpp, which is no dependency of the project).
  *   Left out are the bytes that the vocabulary lacks (0x04, 0x06, 0x13 ...): llama.cpp drops them after merging, the
  *   tokenizers library before, so that a merge across the gap differs.
- * - smollm2-teacher-forced.json: for each position of a text, what the float64 forward of reference-forward.ts says of the
- *   next token. About two minutes.
+ * - smollm2-teacher-forced.json: for each position of gateway/bench/text.txt, what the float64 forward of exact-forward.py says
+ *   of the next token (it agrees with reference-forward.ts to the last digit that is kept), and how far llama.cpp is from that.
  */
+import { execFileSync } from "node:child_process"
 import { createHash } from "node:crypto"
 import { readFileSync, writeFileSync } from "node:fs"
 import { join, resolve } from "node:path"
 import { fileURLToPath, pathToFileURL } from "node:url"
-import { readReferenceFile, referenceLogits, referenceLogSoftmax } from "./reference-forward.ts"
-
-/** Carroll, Alice's Adventures in Wonderland (1865), chapter I; Darwin, On the Origin of Species (1859), introduction. */
-const prose = `Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it, "and what is the use of a book," thought Alice "without pictures or conversations?"
-
-So she was considering in her own mind (as well as she could, for the hot day made her feel very sleepy and stupid), whether the pleasure of making a daisy-chain would be worth the trouble of getting up and picking the daisies, when suddenly a White Rabbit with pink eyes ran close by her.
-
-There was nothing so very remarkable in that; nor did Alice think it so very much out of the way to hear the Rabbit say to itself, "Oh dear! Oh dear! I shall be late!"
-
-When on board H.M.S. Beagle, as naturalist, I was much struck with certain facts in the distribution of the inhabitants of South America, and in the geological relations of the present to the past inhabitants of that continent. These facts seemed to me to throw some light on the origin of species, that mystery of mysteries, as it has been called by one of our greatest philosophers. On my return home, it occurred to me, in 1837, that something might perhaps be made out on this question by patiently accumulating and reflecting on all sorts of facts which could possibly have any bearing on it. After five years' work I allowed myself to speculate on the subject, and drew up some short notes; these I enlarged in 1844 into a sketch of the conclusions, which then seemed to me probable: from that period to the present day I have steadily pursued the same object.`
+import { loadLlamaCpp, openLlamaCpp } from "../../gateway/bench/llama-cpp-runtime.ts"
 
 const hostileTexts: ReadonlyArray<string> = [
   "",
@@ -75,8 +68,8 @@ interface Llama {
   loadModel(options: { modelPath: string; vocabOnly: boolean }): Promise<{ tokenize(text: string, special: boolean): ReadonlyArray<number> }>
 }
 
-const [modelArgument, moduleArgument] = process.argv.slice(2)
-if (modelArgument === undefined || moduleArgument === undefined) throw new Error("make-fixtures: expected MODEL.gguf and the folder of node-llama-cpp")
+const [modelArgument, moduleArgument, python] = process.argv.slice(2)
+if (modelArgument === undefined || moduleArgument === undefined || python === undefined) throw new Error("make-fixtures: expected MODEL.gguf, the folder of node-llama-cpp and a python that has numpy")
 const modelPath = resolve(modelArgument)
 const reference = resolve(moduleArgument)
 const fixtures = fileURLToPath(new URL("../fixtures/", import.meta.url))
@@ -109,23 +102,30 @@ const main = async (): Promise<void> => {
     }),
   })
 
-  const tokens = [...model.tokenize(prose, false)]
-  const logits = referenceLogits(readReferenceFile(modelPath), tokens, { progress: (layer) => console.error(`layer ${layer}`) })
+  const textPath = "gateway/bench/text.txt"
+  const tokens = [...model.tokenize(readFileSync(fileURLToPath(new URL(`../../${textPath}`, import.meta.url)), "utf8"), false)]
+  const exact = JSON.parse(
+    execFileSync(python, [fileURLToPath(new URL("./exact-forward.py", import.meta.url)), modelPath], { input: JSON.stringify(tokens), stdio: ["pipe", "pipe", "inherit"], maxBuffer: 2 ** 26 }).toString(),
+  ) as { readonly argmax: ReadonlyArray<number>; readonly logprob: ReadonlyArray<number>; readonly gap: ReadonlyArray<number> }
+
+  const options = { path: modelPath, threads: 2, isa: undefined, from: reference, scored: tokens.length }
+  const theirs = await (await openLlamaCpp(options, await loadLlamaCpp(options), tokens.slice(0, 16))).scored(tokens)
   const round = (value: number): number => Number(value.toFixed(5))
-  const rows = logits.slice(0, -1).map((row, n) => {
-    const logSoftmax = referenceLogSoftmax(row)
-    const [first, second] = [...logSoftmax.keys()].sort((a, b) => logSoftmax[b]! - logSoftmax[a]! || a - b) as [number, number]
-    return { argmax: first, logprob: round(logSoftmax[tokens[n + 1]!]!), gap: round(logSoftmax[first]! - logSoftmax[second]!) }
-  })
   write("smollm2-teacher-forced.json", {
-    made: `tokens: ${tool}; the rest: test/support/reference-forward.ts, float64, nothing quantised but the file's weights`,
+    made: `tokens: ${tool}; argmax, logprob and gap: test/support/exact-forward.py, float64, nothing quantised but the file's weights`,
     modelSha256: sha256,
-    text: prose,
+    text: textPath,
+    llamaCpp: {
+      made: `${tool}: the same file as it is, the same tokens, 2 threads, flash attention, KV in f16, chunks of 512; log p from its logits`,
+      meanDifference: round(theirs.reduce((sum, { logprob }, n) => sum + Math.abs(logprob - exact.logprob[n]!), 0) / theirs.length), // of |log p - exact log p|
+      sameArgmax: theirs.filter(({ argmax }, n) => argmax === exact.argmax[n]).length, // positions
+    },
     tokens,
-    argmax: rows.map((row) => row.argmax), // [tokens - 1] the most likely token after position n
-    logprob: rows.map((row) => row.logprob), // [tokens - 1] log p of the token that does come at n + 1
-    gap: rows.map((row) => row.gap), // [tokens - 1] log p of the most likely less that of the second
+    argmax: exact.argmax, // [tokens - 1] the most likely token after position n
+    logprob: exact.logprob.map(round), // [tokens - 1] log p of the token that does come at n + 1
+    gap: exact.gap.map(round), // [tokens - 1] log p of the most likely less that of the second
   })
+  process.exit(0)
 }
 
 await main()

@@ -1,0 +1,301 @@
+/**
+ * `bench kernels`: whole forwards of the native engine, attention and sampling included, and beside it another runtime on the
+ * same file. Every runtime has a process of its own; runs are short and strictly alternate, so that what disturbs the machine
+ * disturbs all of them alike, and figures are medians. A ratio is the median over pairs of runs that followed each other; above 1
+ * Penstock is the faster one.
+ */
+import { execFile } from "node:child_process"
+import { mkdtempSync, readFileSync, rmSync } from "node:fs"
+import { availableParallelism, cpus, tmpdir } from "node:os"
+import { join } from "node:path"
+import { fileURLToPath } from "node:url"
+import { promisify } from "node:util"
+import { Effect, Exit, Scope } from "effect"
+import type { Env } from "../../config/env.ts"
+import { bestInstructionSet, instructionSets, readGguf, type Gguf } from "../../kernels/index.ts"
+import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
+import { Tokenizer } from "../../actors/request/tokenizer.ts"
+import { median, rounded, table } from "./figures.ts"
+import { contextTokens, firstPromptTokens, longestPrompt, type KernelsOrder, type KernelsReport, type OpenOptions } from "./kernels-order.ts"
+import { openVino } from "./openvino.ts"
+import { BenchError, peerProcess, type Peer } from "./peer.ts"
+import { requantiseToQ40 } from "./requantise.ts"
+
+export interface KernelsOptions {
+  readonly vs: "llama.cpp" | "openvino" | undefined
+  /** A text whose perplexity is told. */
+  readonly text: string | undefined
+  readonly env: Env
+}
+
+/** What is measured: name, tokens that a run yields, and its order. */
+const workloads = [
+  { name: "prefill512TokPerS", says: "prefill, 512 tokens", prompt: 512 },
+  { name: "prefill2048TokPerS", says: "prefill, 2,048 tokens", prompt: 2048 },
+  { name: "decode1TokPerS", says: "decode, batch 1", sequences: 1, steps: 32 },
+  { name: "decode8TokPerS", says: "decode, batch 8", sequences: 8, steps: 16 },
+  { name: "decode16TokPerS", says: "decode, batch 16", sequences: 16, steps: 16 },
+] as const
+type Workload = (typeof workloads)[number]
+type RateName = Workload["name"]
+
+export type Rates = Record<RateName, number>
+export interface RuntimeFigures extends Rates {
+  /** Of the fastest run instead of the median: on a machine that others use, what comes closest to one that they do not. */
+  readonly best: Rates
+  /** In a fresh process: from before the model is loaded, its library being there, until a token is drawn after a prompt of 16. */
+  readonly loadToFirstTokenMs: number
+  /** Of the text; undefined where the runtime does not tell. */
+  readonly perplexity: number | undefined
+}
+
+interface Compared {
+  readonly runtime: string
+  readonly figures: RuntimeFigures
+  /** How many times faster Penstock is. */
+  readonly ratio: Rates & { readonly loadToFirstTokenMs: number }
+}
+
+export interface KernelsFigures extends RuntimeFigures {
+  readonly model: string
+  readonly machine: string
+  readonly isa: string
+  readonly threads: number
+  /** Of the cores' time, while none of the runtimes had anything to do: what others took. Above a few hundredths, measure again. */
+  readonly othersShare: number
+  readonly contextTokens: number
+  readonly perplexityTokens: number
+  readonly peakGmacPerS: number
+  readonly peakReadGbPerS: number
+  /** Of the measured peaks: the products of the model's matrices (not of attention), and the bytes of its matrices and of the KV that a step of decode reads. */
+  readonly macShare: Rates
+  readonly bandwidthShare: Rates
+  readonly peers: ReadonlyArray<Compared>
+}
+
+/** A workload alternates for this long, within these bounds on its rounds. */
+const budgetMs = 12_000
+const mostRounds = 9
+const leastRounds = 3
+/** Rounds of fresh processes. */
+const loads = 3
+/** For threads that look out for work a while before they sleep. */
+const restMs = 50
+/** Tokens of a text that are scored at most. */
+const scoredTokens = 4_096
+
+const penstockProgram = fileURLToPath(new URL("./penstock-process.ts", import.meta.url))
+const llamaCppProgram = fileURLToPath(new URL("./llama-cpp-process.ts", import.meta.url))
+const peaksProgram = fileURLToPath(new URL("../../build/kernels/penstock-peaks", import.meta.url))
+const defaultText = fileURLToPath(new URL("./text.txt", import.meta.url))
+
+type Process = Peer<KernelsOrder, KernelsReport>
+
+interface Contestant {
+  readonly name: string
+  readonly start: Effect.Effect<Process, Error, Scope.Scope>
+  readonly options: OpenOptions
+  readonly scores: boolean
+}
+
+const attempt = <A>(run: () => Promise<A>): Effect.Effect<A, Error> => Effect.tryPromise({ try: run, catch: (error) => error as Error })
+
+/** Token ids that all differ: a walk through the vocabulary from somewhere else each time. */
+const distinctTokens = (count: number, vocabulary: number, salt: number): ReadonlyArray<number> => {
+  const stride = 7_919 // a prime that divides no vocabulary in use
+  return Array.from({ length: count }, (_, i) => ((i + 1) * stride + salt * 104_729) % vocabulary)
+}
+
+/** Starts a fresh process, and resolves to how long its model and first token took. */
+const open = (contestant: Contestant, vocabulary: number): Effect.Effect<{ readonly process: Process; readonly tookMs: number }, Error, Scope.Scope> =>
+  Effect.flatMap(contestant.start, (process) =>
+    Effect.map(attempt(() => process.ask({ type: "open", open: contestant.options, prompt: distinctTokens(firstPromptTokens, vocabulary, 1) })), (tookMs) => ({ process, tookMs: tookMs as number })),
+  )
+
+const busyMs = (): { readonly busy: number; readonly all: number } => {
+  const sums = cpus().map(({ times }) => ({ busy: times.user + times.nice + times.sys + times.irq, all: times.user + times.nice + times.sys + times.irq + times.idle }))
+  return { busy: sums.reduce((sum, { busy }) => sum + busy, 0), all: sums.reduce((sum, { all }) => sum + all, 0) }
+}
+
+/** Pauses between runs, and what the cores do meanwhile, which is others' work. */
+class Rests {
+  #busyMs = 0
+  #allMs = 0
+
+  async take(): Promise<void> {
+    const before = busyMs()
+    await new Promise((resolve) => setTimeout(resolve, restMs))
+    const after = busyMs()
+    this.#busyMs += after.busy - before.busy
+    this.#allMs += after.all - before.all
+  }
+
+  get othersShare(): number {
+    return rounded(this.#busyMs / Math.max(1, this.#allMs))
+  }
+}
+
+/** Who is first takes turns. */
+const inTurn = <A>(all: ReadonlyArray<A>, round: number): ReadonlyArray<readonly [number, A]> => all.map((_, i) => [(i + round) % all.length, all[(i + round) % all.length]!] as const)
+
+/** Rates of one workload by contestant and round, in tokens a second. */
+const alternate = async (workload: Workload, processes: ReadonlyArray<Process>, vocabulary: number, rests: Rests): Promise<ReadonlyArray<ReadonlyArray<number>>> => {
+  const rates: ReadonlyArray<Array<number>> = processes.map(() => [])
+  const context = distinctTokens(contextTokens, vocabulary, 2)
+  let startedAtMs = performance.now()
+  for (let round = -1; round < mostRounds; round++) {
+    if (round >= leastRounds && performance.now() - startedAtMs > budgetMs) break
+    for (const [i, process] of inTurn(processes, Math.max(0, round))) {
+      const order: KernelsOrder = "prompt" in workload
+        ? { type: "prefill", prompt: distinctTokens(workload.prompt, vocabulary, 3 + round * processes.length + i) }
+        : { type: "decode", context, sequences: workload.sequences, steps: workload.steps }
+      const tookMs = (await process.ask(order)) as number
+      const tokens = "prompt" in workload ? workload.prompt : workload.sequences * workload.steps
+      if (round >= 0) rates[i]!.push((tokens * 1000) / tookMs)
+      await rests.take()
+    }
+    if (round < 0) startedAtMs = performance.now() // caches and contexts are warm
+  }
+  return rates
+}
+
+const peaks = async (threads: number, isa: string): Promise<{ readonly peakGmacPerS: number; readonly peakReadGbPerS: number }> => {
+  const { stdout } = await promisify(execFile)(peaksProgram, [String(threads), isa])
+  return JSON.parse(stdout) as { peakGmacPerS: number; peakReadGbPerS: number }
+}
+
+/** A number under the architecture's name; 0 where there is none. */
+const numberOf = (metadata: Gguf["metadata"], key: string): number => Number(metadata.get(`${String(metadata.get("general.architecture"))}.${key}`) ?? 0)
+
+/** What a model's forward multiplies and reads at least. */
+const work = ({ tensors, metadata }: Gguf) => {
+  const embedding = tensors.find(({ name }) => name === "token_embd.weight")
+  const head = tensors.find(({ name }) => name === "output.weight") ?? embedding
+  const layers = tensors.filter(({ name, shape }) => shape.length === 2 && name.startsWith("blk."))
+  const size = (tensor: Gguf["tensors"][number] | undefined): number => tensor?.shape.reduce((a, b) => a * b, 1) ?? 0
+  const number = (key: string): number => numberOf(metadata, key)
+  const headDim = number("attention.key_length") || number("embedding_length") / number("attention.head_count")
+  return {
+    layerMacs: layers.reduce((sum, tensor) => sum + size(tensor), 0),
+    headMacs: size(head),
+    layerBytes: layers.reduce((sum, { bytes }) => sum + bytes, 0),
+    headBytes: head?.bytes ?? 0,
+    kvBytes: number("block_count") * 2 * (number("attention.head_count_kv") || number("attention.head_count")) * headDim * 2,
+  }
+}
+
+const ratesOf = (rate: (workload: Workload) => number): Rates => Object.fromEntries(workloads.map((workload) => [workload.name, rounded(rate(workload))])) as Rates
+
+const shares = (gguf: Gguf, rates: Rates, { peakGmacPerS, peakReadGbPerS }: { readonly peakGmacPerS: number; readonly peakReadGbPerS: number }) => {
+  const { layerMacs, headMacs, layerBytes, headBytes, kvBytes } = work(gguf)
+  // A prompt's logits are computed for its last token only, and its weights are read once a chunk.
+  const macs = (workload: Workload) => ("prompt" in workload ? layerMacs + headMacs / workload.prompt : layerMacs + headMacs)
+  const bytes = (workload: Workload) =>
+    "prompt" in workload ? layerBytes / 512 + headBytes / workload.prompt : (layerBytes + headBytes) / workload.sequences + (contextTokens + workload.steps / 2) * kvBytes
+  return {
+    macShare: ratesOf((workload) => (rates[workload.name] * macs(workload)) / 1e9 / peakGmacPerS),
+    bandwidthShare: ratesOf((workload) => (rates[workload.name] * bytes(workload)) / 1e9 / peakReadGbPerS),
+  }
+}
+
+const perplexity = (logprobs: ReadonlyArray<number>): number => rounded(Math.exp(-logprobs.reduce((sum, logprob) => sum + logprob, 0) / logprobs.length))
+
+/** The other runtimes that were asked for; llama.cpp also at its best, on a file that is written for it. */
+const opponents = ({ vs, env }: KernelsOptions, options: OpenOptions): Effect.Effect<ReadonlyArray<Contestant>, Error, Scope.Scope> =>
+  Effect.gen(function* () {
+    if (vs === undefined) return []
+    if (vs === "openvino") return [{ name: "OpenVINO GenAI", start: openVino(env.openVinoPython), options, scores: false }]
+    const folder = yield* Effect.acquireRelease(
+      Effect.sync(() => mkdtempSync(join(tmpdir(), "penstock-bench-"))),
+      (path) => Effect.sync(() => rmSync(path, { recursive: true, force: true })),
+    )
+    const requantised = join(folder, "q4_0.gguf")
+    yield* Effect.try({ try: () => requantiseToQ40(options.path, requantised), catch: (error) => error as Error })
+    const start = peerProcess<KernelsOrder, KernelsReport>(llamaCppProgram)
+    const shipped = { name: "llama.cpp, file as shipped", start, options: { ...options, from: env.nodeLlamaCpp }, scores: true }
+    return [shipped, { ...shipped, name: "llama.cpp, requantised to Q4_0", options: { ...shipped.options, path: requantised } }]
+  })
+
+const readText = (path: string): string => {
+  try {
+    return readFileSync(path, "utf8")
+  } catch (error) {
+    throw new BenchError(`--text ${path}: ${(error as Error).message}`)
+  }
+}
+
+/** Measures everything. */
+export const kernelsFigures = (model: ResolvedModel, options: KernelsOptions): Effect.Effect<KernelsFigures, Error, Scope.Scope> =>
+  Effect.gen(function* () {
+    const gguf = yield* attempt(() => readGguf(model.path))
+    const text = yield* Effect.try({ try: () => readText(options.text ?? defaultText), catch: (error) => error as Error })
+    const tokenizer = new Tokenizer(gguf.metadata)
+    const context = numberOf(gguf.metadata, "context_length")
+    if (context < longestPrompt) return yield* Effect.fail(new BenchError(`bench kernels: expected a model with a context of ${longestPrompt} tokens at least, found ${context}`))
+    const tokens = tokenizer.encode(text, { special: false, bos: true }).slice(0, Math.min(scoredTokens, context))
+    if (tokens.length < 2) return yield* Effect.fail(new BenchError("--text: expected a text of two tokens at least"))
+    const threads = options.env.threads ?? availableParallelism()
+    const best = bestInstructionSet()
+    const isa = options.env.isa === undefined ? best : instructionSets[Math.min(instructionSets.indexOf(options.env.isa), instructionSets.indexOf(best))]!
+    const own: OpenOptions = { path: model.path, threads, isa, from: undefined, scored: tokens.length }
+    const penstock: Contestant = { name: "Penstock", start: peerProcess<KernelsOrder, KernelsReport>(penstockProgram), options: own, scores: true }
+    const contestants = [penstock, ...(yield* opponents(options, { ...own, isa: undefined }))]
+
+    const { vocabulary } = tokenizer
+    const tookMs: ReadonlyArray<Array<number>> = contestants.map(() => [])
+    for (let round = 0; round < loads; round++) {
+      for (const [i, contestant] of inTurn(contestants, round)) tookMs[i]!.push((yield* Effect.scoped(open(contestant, vocabulary))).tookMs)
+    }
+    const measuredPeaks = [yield* attempt(() => peaks(threads, isa))]
+    const scope = yield* Scope.make()
+    yield* Effect.addFinalizer(() => Scope.close(scope, Exit.void))
+    const processes: Array<Process> = []
+    for (const contestant of contestants) processes.push((yield* Scope.provide(open(contestant, vocabulary), scope)).process)
+    const rests = new Rests()
+    const rates = new Map<RateName, ReadonlyArray<ReadonlyArray<number>>>()
+    for (const workload of workloads) rates.set(workload.name, yield* attempt(() => alternate(workload, processes, vocabulary, rests)))
+    const perplexities: Array<number | undefined> = []
+    for (const [i, { scores }] of contestants.entries()) {
+      perplexities.push(scores ? perplexity((yield* attempt(() => processes[i]!.ask({ type: "score", tokens }))) as ReadonlyArray<number>) : undefined)
+    }
+    yield* Scope.close(scope, Exit.void)
+    measuredPeaks.push(yield* attempt(() => peaks(threads, isa)))
+
+    const figuresOf = (i: number): RuntimeFigures => ({ ...ratesOf(({ name }) => median(rates.get(name)![i]!)), best: ratesOf(({ name }) => Math.max(...rates.get(name)![i]!)), loadToFirstTokenMs: rounded(median(tookMs[i]!)), perplexity: perplexities[i] })
+    const ratioTo = (i: number): Compared["ratio"] => ({
+      ...ratesOf(({ name }) => median(rates.get(name)![0]!.map((rate, round) => rate / rates.get(name)![i]![round]!))),
+      loadToFirstTokenMs: rounded(median(tookMs[0]!.map((ours, round) => tookMs[i]![round]! / ours))),
+    })
+    const peak = { peakGmacPerS: Math.max(...measuredPeaks.map(({ peakGmacPerS }) => peakGmacPerS)), peakReadGbPerS: Math.max(...measuredPeaks.map(({ peakReadGbPerS }) => peakReadGbPerS)) }
+    const ours = figuresOf(0)
+    return {
+      model: model.name, machine: `${cpus()[0]?.model.trim() ?? "unknown"}, ${availableParallelism()} cores`, isa, threads, othersShare: rests.othersShare, contextTokens,
+      ...ours, perplexityTokens: tokens.length - 1, ...peak, ...shares(gguf, ours, peak),
+      peers: contestants.slice(1).map(({ name }, i) => ({ runtime: name, figures: figuresOf(i + 1), ratio: ratioTo(i + 1) })),
+    }
+  })
+
+/** The one JSON object: the peer's figures under `peer`, and those of the same peer at its best under `peerBest`. */
+export const kernelsJson = ({ peers: [peer, best], ...own }: KernelsFigures): unknown => ({
+  ...own,
+  ...(peer === undefined ? {} : { peer: { runtime: peer.runtime, ...peer.figures }, ratio: peer.ratio }),
+  ...(best === undefined ? {} : { peerBest: { runtime: best.runtime, ...best.figures }, ratioBest: best.ratio }),
+})
+
+export const kernelsTable = (figures: KernelsFigures): string => {
+  const percent = (share: number): string => `${(share * 100).toFixed(1)} %`
+  const row = (says: string, unit: string, value: (from: RuntimeFigures) => number | undefined, ratio: ((from: Compared["ratio"]) => number) | undefined, ...ends: ReadonlyArray<string>) => {
+    const cell = (from: RuntimeFigures): string => (value(from) === undefined ? "" : `${value(from)}${unit}`)
+    return [says, cell(figures), ...figures.peers.flatMap((peer) => [cell(peer.figures), ratio === undefined ? "" : String(ratio(peer.ratio))]), ...(ends.length === 0 ? ["", ""] : ends)]
+  }
+  return [
+    `${figures.model}, ${figures.machine}, ${figures.isa}, ${figures.threads} threads; decode at a context of ${figures.contextTokens} tokens a sequence`,
+    `peaks measured: ${figures.peakGmacPerS} G MAC/s, ${figures.peakReadGbPerS} GB/s read; others' share of the cores: ${percent(figures.othersShare)}`,
+    table([
+      ["tokens a second", "Penstock", ...figures.peers.flatMap(({ runtime }) => [runtime, "ratio"]), "MAC share", "read share"],
+      ...workloads.map(({ name, says }) => row(says, "", (from) => from[name], (from) => from[name], percent(figures.macShare[name]), percent(figures.bandwidthShare[name]))),
+      row("load to first token", " ms", (from) => from.loadToFirstTokenMs, (from) => from.loadToFirstTokenMs),
+      row(`perplexity, ${figures.perplexityTokens} tokens`, "", (from) => from.perplexity, undefined),
+    ]),
+  ].join("\n")
+}

@@ -1,0 +1,4 @@
+import { servingLlamaCpp } from "./llama-cpp-runtime.ts"
+import { servePeer } from "./peer.ts"
+
+servePeer(servingLlamaCpp())

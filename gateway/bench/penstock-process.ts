@@ -1,0 +1,4 @@
+import { servePeer } from "./peer.ts"
+import { servingPenstock } from "./penstock-runtime.ts"
+
+servePeer(servingPenstock())

@@ -4,10 +4,11 @@
  * layer of every block is.
  */
 import { limits } from "../../config/limits.ts"
+import type { KvDtype } from "../../kernels/index.ts"
 import type { Bus, Subscription } from "../runtime/bus.ts"
 import { header, protocolVersion } from "../runtime/bus.ts"
 import { Fault } from "../runtime/fault.ts"
-import { headerForCrc, kvChunkHeaderBytes, readChunkHeader, type ChunkRange, type KvDtype } from "../messages/kv-chunk.ts"
+import { headerForCrc, kvChunkHeaderBytes, readChunkHeader, type ChunkRange } from "../messages/kv-chunk.ts"
 import { KvProgress, KvStatus, type KvProgressMessage } from "../messages/kv-transfer.ts"
 import { transferSubject } from "../messages/subjects.ts"
 import { Settlement } from "./settlement.ts"

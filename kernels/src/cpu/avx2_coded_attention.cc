@@ -5,6 +5,7 @@
 #include "avx2_softmax.h"
 
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL4 _Pragma("GCC unroll 4")
 
 namespace penstock::avx2 {
 
@@ -13,14 +14,22 @@ namespace {
 inline __m256i load(const int16_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 inline void store(int16_t* to, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); }
 
+// Adds products of pairs. The empty statement keeps gcc 12 from moving all products of a tile before all sums, which spills them.
+inline __m256i add_pairs(__m256i sum, __m256i a, __m256i b) {
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+  asm("" : "+x"(sum));
+  return sum;
+}
+
 // to[group][pair of dimensions][16 tokens][2]
 template <int kBits>
 void spread_keys(const KeyTile& tile, int head_dim, int tokens, int16_t* to) {
   const int units = head_dim * kBits / 16;
+  const size_t stride = tile.key_stride;
   const __m128i low = _mm_set1_epi8(15);
   for (int g = 0; g * kGroupTokens < tokens; ++g) {
     const uint16_t* from = tile.keys[g];
-    for (int u = 0; u < units; ++u, from += tile.key_stride, to += 32) {
+    UNROLL4 for (int u = 0; u < units; ++u, from += stride, to += 32) {
       UNROLL for (int half = 0; half < 2; ++half) {
         const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8 * half));
         if (kBits == 8) {
@@ -39,8 +48,9 @@ void spread_keys(const KeyTile& tile, int head_dim, int tokens, int16_t* to) {
 template <int kBits>
 void spread_values(const KeyTile& tile, int head_dim, int tokens, int16_t* to) {
   const int bytes = head_dim * kBits / 8;
+  const int stride = 2 * coded_stride(head_dim);
   const __m256i low = _mm256_set1_epi16(15);
-  for (int t = 0; t < tokens; t += 2, to += 2 * coded_stride(head_dim)) {
+  for (int t = 0; t < tokens; t += 2, to += stride) {
     // A tile of an odd number of tokens has the last one twice; its second weight is zero.
     const uint8_t* first = reinterpret_cast<const uint8_t*>(tile.values[t]);
     const uint8_t* second = reinterpret_cast<const uint8_t*>(tile.values[t + 1 < tokens ? t + 1 : t]);
@@ -50,10 +60,10 @@ void spread_values(const KeyTile& tile, int head_dim, int tokens, int16_t* to) {
       return _mm256_or_si256(a, _mm256_slli_epi32(b, 16));
     };
     if (kBits == 8) {
-      for (int d = 0; d < bytes; d += 8) store(to + 2 * d, pairs(d));
+      UNROLL4 for (int d = 0; d < bytes; d += 8) store(to + 2 * d, pairs(d));
     } else {  // the upper half comes last, over what the lower one has written too much
-      for (int d = 0; d < bytes; d += 8) store(to + 2 * d, _mm256_and_si256(pairs(d), low));
-      for (int d = 0; d < bytes; d += 8) store(to + 2 * (bytes + d), _mm256_srli_epi16(pairs(d), 4));
+      UNROLL4 for (int d = 0; d < bytes; d += 8) store(to + 2 * d, _mm256_and_si256(pairs(d), low));
+      UNROLL4 for (int d = 0; d < bytes; d += 8) store(to + 2 * (bytes + d), _mm256_srli_epi16(pairs(d), 4));
     }
   }
 }
@@ -71,8 +81,8 @@ void score_group(const KeyTile& tile, const int16_t* keys, const int16_t* querie
     const __m256i k1 = load(from + 16);
     UNROLL for (int r = 0; r < R; ++r) {
       const __m256i q = _mm256_set1_epi32(pair_at(queries + r * kMostHeadDim + d));
-      sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(k0, q));
-      sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(k1, q));
+      sums[r][0] = add_pairs(sums[r][0], k0, q);
+      sums[r][1] = add_pairs(sums[r][1], k1, q);
     }
   }
   const size_t rows = head_dim * kv_bits(tile.dtype) / 16;
@@ -127,8 +137,8 @@ void add_values(const int16_t* values, int stride, int tokens, int d, const int1
     const __m256i v1 = load(from + 16);
     UNROLL for (int r = 0; r < R; ++r) {
       const __m256i w = _mm256_set1_epi32(pair_at(weights + r * kTileTokens + t));
-      sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(v0, w));
-      sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(v1, w));
+      sums[r][0] = add_pairs(sums[r][0], v0, w);
+      sums[r][1] = add_pairs(sums[r][1], v1, w);
     }
   }
   UNROLL for (int r = 0; r < R; ++r) {

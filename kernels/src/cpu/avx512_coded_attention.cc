@@ -6,6 +6,7 @@
 #include "avx512_softmax.h"
 
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL4 _Pragma("GCC unroll 4")
 
 namespace penstock::avx512 {
 
@@ -17,14 +18,22 @@ using avx2::CodedScratch;
 using avx2::kCodedRows;
 using avx2::pair_at;
 
+// Adds products of pairs. The empty statement ties the sum to its register: gcc 12 would copy and spill half of a tile's sums.
+inline __m512i add_pairs(__m512i sum, __m512i a, __m512i b) {
+  sum = _mm512_dpwssd_epi32(sum, a, b);
+  asm("" : "+v"(sum));
+  return sum;
+}
+
 // to[group][pair of dimensions][16 tokens][2]
 template <int kBits>
 void spread_keys(const KeyTile& tile, int head_dim, int tokens, int16_t* to) {
   const int units = head_dim * kBits / 16;
+  const size_t stride = tile.key_stride;
   const __m256i low = _mm256_set1_epi8(15);
   for (int g = 0; g * kGroupTokens < tokens; ++g) {
     const uint16_t* from = tile.keys[g];
-    for (int u = 0; u < units; ++u, from += tile.key_stride, to += 32) {
+    UNROLL4 for (int u = 0; u < units; ++u, from += stride, to += 32) {
       const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
       if (kBits == 8) {
         _mm512_storeu_si512(to, _mm512_cvtepu8_epi16(codes));
@@ -41,8 +50,9 @@ void spread_keys(const KeyTile& tile, int head_dim, int tokens, int16_t* to) {
 template <int kBits>
 void spread_values(const KeyTile& tile, int head_dim, int tokens, int16_t* to) {
   const int bytes = head_dim * kBits / 8;
+  const int stride = 2 * coded_stride(head_dim);
   const __m512i low = _mm512_set1_epi16(15);
-  for (int t = 0; t < tokens; t += 2, to += 2 * coded_stride(head_dim)) {
+  for (int t = 0; t < tokens; t += 2, to += stride) {
     // A tile of an odd number of tokens has the last one twice; its second weight is zero.
     const uint8_t* first = reinterpret_cast<const uint8_t*>(tile.values[t]);
     const uint8_t* second = reinterpret_cast<const uint8_t*>(tile.values[t + 1 < tokens ? t + 1 : t]);
@@ -52,10 +62,10 @@ void spread_values(const KeyTile& tile, int head_dim, int tokens, int16_t* to) {
       return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
     };
     if (kBits == 8) {
-      for (int d = 0; d < bytes; d += 16) _mm512_storeu_si512(to + 2 * d, pairs(d));
+      UNROLL4 for (int d = 0; d < bytes; d += 16) _mm512_storeu_si512(to + 2 * d, pairs(d));
     } else {  // the upper half comes last, over what the lower one has written too much
-      for (int d = 0; d < bytes; d += 16) _mm512_storeu_si512(to + 2 * d, _mm512_and_si512(pairs(d), low));
-      for (int d = 0; d < bytes; d += 16) _mm512_storeu_si512(to + 2 * (bytes + d), _mm512_srli_epi16(pairs(d), 4));
+      UNROLL4 for (int d = 0; d < bytes; d += 16) _mm512_storeu_si512(to + 2 * d, _mm512_and_si512(pairs(d), low));
+      UNROLL4 for (int d = 0; d < bytes; d += 16) _mm512_storeu_si512(to + 2 * (bytes + d), _mm512_srli_epi16(pairs(d), 4));
     }
   }
 }
@@ -77,7 +87,7 @@ void score_groups(const KeyTile& tile, const int16_t* keys, const int16_t* queri
     UNROLL for (int r = 0; r < R; ++r) {
       const __m512i q = _mm512_set1_epi32(pair_at(queries + r * kMostHeadDim + d));
       UNROLL for (int i = 0; i < G; ++i)
-        sums[r][i] = _mm512_dpwssd_epi32(sums[r][i], k[i], q);
+        sums[r][i] = add_pairs(sums[r][i], k[i], q);
     }
   }
   const size_t rows = head_dim * kv_bits(tile.dtype) / 16;
@@ -133,7 +143,7 @@ void add_values(const int16_t* values, int stride, int tokens, int d, const int1
     UNROLL for (int r = 0; r < R; ++r) {
       const __m512i w = _mm512_set1_epi32(pair_at(weights + r * kTileTokens + t));
       UNROLL for (int c = 0; c < C; ++c)
-        sums[r][c] = _mm512_dpwssd_epi32(sums[r][c], v[c], w);
+        sums[r][c] = add_pairs(sums[r][c], v[c], w);
     }
   }
   UNROLL for (int r = 0; r < R; ++r) {

@@ -144,7 +144,8 @@ void add_values(const int16_t* values, int stride, int tokens, int d, const int1
   UNROLL for (int r = 0; r < R; ++r) {
     UNROLL for (int half = 0; half < 2; ++half)
       _mm256_storeu_ps(totals + r * kMostHeadDim + d + 8 * half,
-                       _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][half]), _mm256_set1_ps(coded[r].scale), _mm256_set1_ps(coded[r].offset)));
+                       _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][half]), _mm256_set1_ps(coded[r].scale),
+                                       _mm256_set1_ps(coded[r].offset)));
   }
 }
 

@@ -1,5 +1,5 @@
-// AVX-512 with VNNI: attention of some query rows over one tile of codes, by integers, as kv_codes.h says. A tile's codes are spread
-// out to 16 bits once for all rows; VPDPWSSD then multiplies two dimensions of a key, or two tokens' values, a lane.
+// AVX-512 with VNNI: attention of some query rows over one tile of codes, by integers, as kv_codes.h says. A tile's codes are
+// spread out to 16 bits once for all rows; VPDPWSSD then multiplies two dimensions of a key, or two tokens' values, a lane.
 #include "avx2_codes.h"
 #include "avx2_kernels.h"
 #include "avx512_kernels.h"
@@ -149,7 +149,8 @@ void add_values(const int16_t* values, int stride, int tokens, int d, const int1
   UNROLL for (int r = 0; r < R; ++r) {
     UNROLL for (int c = 0; c < C; ++c)
       _mm512_storeu_ps(totals + r * kMostHeadDim + d + 16 * c,
-                       _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][c]), _mm512_set1_ps(coded[r].scale), _mm512_set1_ps(coded[r].offset)));
+                       _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][c]), _mm512_set1_ps(coded[r].scale),
+                                       _mm512_set1_ps(coded[r].offset)));
   }
 }
 

@@ -1,7 +1,7 @@
 // Keys and values as codes of 8 or 4 bits: how they are made, where they lie, and what attention makes of them.
 //
-// A token's key (after its rotation) or value of one head is written as x = zero + scale * code, both f16, code in 0 … 2^bits - 1.
-// Code d of 8 bits is byte d; of 4 bits, byte d holds the codes of dimension d, low, and of dimension d + head_dim / 2.
+// A token's key (after its rotation) or value of one head is written as x = zero + scale * code, scale and zero in f16, code in
+// 0 … 2^bits - 1. Code d of 8 bits is byte d; of 4 bits, byte d holds the codes of dimension d, low, and of dimension d + head_dim / 2.
 //
 // Attention reads codes through sums of integers, which are exact in any order. The query becomes integers of 15 bits, so that
 // a score is scale * query_scale * (sum of code * integer) + zero * query_scale * (sum of integers); and so do the weights

@@ -32,6 +32,20 @@ export interface Gguf {
 export const instructionSets = ["reference", "avx2", "avx512"] as const
 export type InstructionSet = (typeof instructionSets)[number]
 
+/**
+ * How keys and values are kept, in the pool and on the wire: as f16, or as codes of 8 or 4 bits with a scale and a zero, both f16,
+ * of each token's key and of its value, head by head: x = zero + scale x code, zero the least of the head's numbers.
+ *
+ * The wire, little-endian, is [layer][block][K|V][kv head] of these: f16 [token][head dim]; or codes [token][head dim], then scales
+ * [token], then zeros [token]. A code of int8 is a byte; a byte of int4 holds dimension i (low) and headDim / 2 + i (high).
+ * A scale or zero that is not finite is taken as it comes: the step that attends to it is rejected, as with f16.
+ */
+export const kvDtypes = ["f16", "int8", "int4"] as const
+export type KvDtype = (typeof kvDtypes)[number]
+
+/** Bytes on the wire of one token's key, or value, of one head. */
+export const kvBytes = (dtype: KvDtype, headDim: number): number => (dtype === "f16" ? 2 * headDim : (dtype === "int8" ? headDim : headDim / 2) + 4)
+
 export interface EngineOptions {
   /** A GGUF file. It is mapped, and its matrices are repacked once. */
   readonly path: string
@@ -39,6 +53,8 @@ export interface EngineOptions {
   readonly blocks: number
   /** Tokens in a block. */
   readonly blockTokens: number
+  /** How the pool keeps keys and values; f16 where it is left out. int8 takes an even headDim, int4 a multiple of 4. */
+  readonly kvDtype?: KvDtype
   /** Threads that compute a step, the one it is run on included. */
   readonly threads: number
   /** The best instruction set that may be used; the machine's best below it is chosen. Omitted: no limit. */
@@ -63,7 +79,8 @@ export interface EngineInfo {
   readonly contextLength: number
   readonly blocks: number
   readonly blockTokens: number
-  /** Bytes of one exported block: layers x 2 x kvHeads x blockTokens x headDim x 2 (f16). */
+  readonly kvDtype: KvDtype
+  /** Bytes of one exported block: layers x 2 x kvHeads x blockTokens x kvBytes. */
   readonly blockBytes: number
   /** Bytes of one layer of one exported block: blockBytes / layers. */
   readonly layerBlockBytes: number
@@ -228,8 +245,8 @@ export class Engine {
   }
 
   /**
-   * Copies layers of these blocks to `offset` of `into` in the wire layout [layer][block][K|V][kv head][token][head dim] f16
-   * little-endian, blocks.length x layers x `info.layerBlockBytes` long. Returns their CRC-32C, continued from `seed`.
+   * Copies layers of these blocks to `offset` of `into` in the wire layout (see `kvDtypes`), blocks.length x layers x
+   * `info.layerBlockBytes` long. Returns their CRC-32C, continued from `seed`.
    */
   exportLayers(blocks: Int32Array, firstLayer: number, layers: number, into: Uint8Array, offset: number, seed: number): number {
     return this.#native.exportLayers(blocks, firstLayer, layers, into, offset, seed)
@@ -243,7 +260,7 @@ export class Engine {
     return this.#native.importLayers(blocks, firstLayer, layers, from, offset, seed, crc)
   }
 
-  /** Copies a block out in the wire layout [layer][K|V][kv head][token][head dim] f16 little-endian, `info.blockBytes` long. */
+  /** Copies a block out in the wire layout (see `kvDtypes`), `info.blockBytes` long. */
   exportBlock(block: number, into: Uint8Array): void {
     this.#checkBlock(block, into)
     this.#native.exportLayers(Int32Array.of(block), 0, this.info.layers, into, 0, 0)

@@ -2,7 +2,7 @@
  * What the prefill and the decode role of one worker share: its engine, its name, the format of its KV, and the transfers
  * that it takes part in.
  */
-import type { KvDtype } from "../messages/kv-chunk.ts"
+import type { KvDtype } from "../../kernels/index.ts"
 import type { TransferTotals } from "../messages/presence.ts"
 import type { Engine } from "./engine.ts"
 
@@ -35,5 +35,5 @@ export interface KvLayout {
 }
 
 /** Names what stored KV depends on besides its hash: another model, dtype, block size, numerics or device never matches. */
-export const kvFormatId = (parts: { readonly modelDigest: string; readonly dtype: string; readonly blockTokens: number; readonly numericsVersion: number; readonly device: string }): string =>
+export const kvFormatId = (parts: { readonly modelDigest: string; readonly dtype: KvDtype; readonly blockTokens: number; readonly numericsVersion: number; readonly device: string }): string =>
   `${parts.modelDigest.slice(0, 16)}-${parts.dtype}-b${parts.blockTokens}-n${parts.numericsVersion}-${parts.device}`

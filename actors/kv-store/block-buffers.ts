@@ -1,6 +1,6 @@
 /**
- * Whole blocks in memory, as the ends of a transfer. A block's bytes are [layer][K|V][kv head][token][head dim], so that a
- * layer of it is one run; a chunk's payload is [layer][block] of such runs.
+ * Whole blocks in memory, as the ends of a transfer. A block's bytes are layer after layer, so that a layer of it is one run,
+ * whatever the dtype; a chunk's payload is [layer][block] of such runs.
  */
 import { crc32c } from "../../kernels/index.ts"
 import type { ChunkRange } from "../messages/kv-chunk.ts"

@@ -4,7 +4,7 @@
  *     offset  bytes
  *          0      4  magic "PSKV"
  *          4      2  version
- *          6      1  dtype (0: f16)
+ *          6      1  dtype (0: f16, 1: int8, 2: int4)
  *          7      1  zero
  *          8     16  transfer id
  *         24      4  sequence number of the chunk in its transfer
@@ -14,17 +14,15 @@
  *         40      4  bytes of payload
  *         44      4  CRC-32C of the payload, continued from that of the header with this field zero
  *         48     16  zero
- *         64         payload [layer][block][K|V][kv head][token][head dim]
+ *         64         payload [layer][block][K|V][kv head] of what kernels/index.ts says of the dtype
  */
+import { kvDtypes, type KvDtype } from "../../kernels/index.ts"
 import { Fault } from "../runtime/fault.ts"
 
 export const kvChunkHeaderBytes = 64
 const magic = 0x564b5350 // "PSKV"
 const version = 1
 const crcOffset = 44
-
-export const kvDtypes = ["f16"] as const
-export type KvDtype = (typeof kvDtypes)[number]
 
 /** Which part of a transfer a chunk holds. */
 export interface ChunkRange {

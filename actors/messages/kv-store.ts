@@ -4,8 +4,8 @@
  */
 import { Schema } from "effect"
 import { limits } from "../../config/limits.ts"
+import { kvDtypes } from "../../kernels/index.ts"
 import { defineAsk } from "../runtime/codec.ts"
-import { kvDtypes } from "./kv-chunk.ts"
 import { CreditBytes, TransferId } from "./kv-transfer.ts"
 
 const upTo = (maximum: number) => Schema.Int.check(Schema.isBetween({ minimum: 1, maximum }))

@@ -87,7 +87,7 @@ export const contextTokensOf = (context: Pick<ComponentContext, "topology" | "mo
 const readModel = (model: ResolvedModel) => Effect.tryPromise({ try: () => readGguf(model.path), catch: (error) => new WorkerError((error as Error).message) })
 
 const planWorkers = (gguf: Gguf, { workers }: Topology) =>
-  workers.map(({ kv, maxBatch }) => planKv(gguf, { blocks: kv.blocks, blockTokens: kv.blockTokens, maxBatch, freeBytes: process.availableMemory() / workers.length }))
+  workers.map(({ kv, maxBatch }) => planKv(gguf, { ...kv, maxBatch, freeBytes: process.availableMemory() / workers.length }))
 
 const formatOf = ({ topology, model }: ComponentContext): string => {
   const { blockTokens, dtype } = topology.workers[0]!.kv
@@ -108,6 +108,7 @@ const runWorker = (id: string, epoch: number, context: ComponentContext, ready: 
       path: model.path,
       blocks,
       blockTokens: kv.blockTokens,
+      kvDtype: kv.dtype,
       // Every worker of the machine has all cores: the threads of one that is idle cost the others nothing.
       threads: threads === "auto" ? (env.threads ?? availableParallelism()) : threads,
       isa: env.isa,
@@ -115,7 +116,6 @@ const runWorker = (id: string, epoch: number, context: ComponentContext, ready: 
       maxOutputs: limits.stepOutputs,
       maxContext: contextTokens,
     }
-    if (kv.dtype !== "f16") return yield* Effect.fail(new WorkerError(`kv.dtype: ${kv.dtype} is not available`))
     const serving = (running: RunningWorker) => Effect.andThen(Effect.sync(() => context.onWorker?.(running)), ready)
-    return yield* worker({ buses, cluster: topology.cluster, id, roles, maxBatch, formatId: formatOf(context), dtype: kv.dtype, kernels }, epoch, serving)
+    return yield* worker({ buses, cluster: topology.cluster, id, roles, maxBatch, formatId: formatOf(context), kernels }, epoch, serving)
   })

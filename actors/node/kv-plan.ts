@@ -3,9 +3,7 @@
  */
 import { totalmem } from "node:os"
 import { limits } from "../../config/limits.ts"
-import type { Gguf } from "../../kernels/index.ts"
-
-const bytesOfF16 = 2
+import { kvBytes, type Gguf, type KvDtype } from "../../kernels/index.ts"
 
 const integer = (model: Gguf, key: string): number | undefined => {
   const value = model.metadata.get(key)
@@ -29,14 +27,14 @@ export interface KvPlan {
  * `auto` takes a share of the free memory, at most what `maxBatch` full contexts need. Memory is touched only as blocks
  * are first used. Throws where the metadata does not say the model's shape.
  */
-export const planKv = (model: Gguf, options: { readonly blocks: number | "auto"; readonly blockTokens: number; readonly maxBatch: number; readonly freeBytes: number }): KvPlan => {
+export const planKv = (model: Gguf, options: { readonly blocks: number | "auto"; readonly blockTokens: number; readonly dtype: KvDtype; readonly maxBatch: number; readonly freeBytes: number }): KvPlan => {
   const architecture = String(model.metadata.get("general.architecture"))
   const context = required(model, `${architecture}.context_length`)
   const layers = required(model, `${architecture}.block_count`)
   const heads = required(model, `${architecture}.attention.head_count`)
   const kvHeads = integer(model, `${architecture}.attention.head_count_kv`) ?? heads
   const headDim = integer(model, `${architecture}.attention.key_length`) ?? required(model, `${architecture}.embedding_length`) / heads
-  const blockBytes = layers * 2 * kvHeads * headDim * bytesOfF16 * options.blockTokens
+  const blockBytes = layers * 2 * kvHeads * kvBytes(options.dtype, headDim) * options.blockTokens
   const useful = Math.ceil(context / options.blockTokens) * options.maxBatch
   const affordable = Math.floor(Math.min(options.freeBytes * limits.autoPoolMemoryShare, limits.autoPoolBytes) / blockBytes)
   const blocks = options.blocks === "auto" ? Math.max(1, Math.min(useful, affordable)) : options.blocks

@@ -10,7 +10,6 @@ import { Link } from "../runtime/link.ts"
 import { Heartbeat, Leave, type HeartbeatMessage, type Role } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 import { announce } from "../presence/announce.ts"
-import type { KvDtype } from "../messages/kv-chunk.ts"
 import { decodeActor } from "../decode/decode.ts"
 import { StoreWriter } from "../decode/store-writer.ts"
 import { Engine } from "../engine/engine.ts"
@@ -25,7 +24,6 @@ export interface WorkerOptions {
   readonly roles: ReadonlyArray<Role>
   readonly maxBatch: number
   readonly formatId: string
-  readonly dtype: KvDtype
   readonly kernels: EngineOptions
 }
 
@@ -45,7 +43,7 @@ const asError = (error: unknown): WorkerError => new WorkerError(error instanceo
 /** Runs a worker of this epoch until it breaks. `serving` is called when its actors listen. */
 export const worker = (options: WorkerOptions, epoch: number, serving: (running: RunningWorker) => Effect.Effect<void>): Effect.Effect<never, WorkerError, Scope.Scope> =>
   Effect.gen(function* () {
-    const { buses, cluster, id, roles, maxBatch, formatId, dtype } = options
+    const { buses, cluster, id, roles, maxBatch, formatId } = options
     const link = (role: string) => new Link(buses.control, `${role} ${id}`, epoch)
     const kernels = yield* Effect.acquireRelease(Effect.tryPromise({ try: () => Kernels.load(options.kernels), catch: asError }), (loaded) => Effect.promise(() => loaded.close()))
     const events = new KvEventLog()
@@ -67,7 +65,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
       ),
       (made) => Effect.promise(() => made.close()),
     )
-    const { layers, blockTokens, layerBlockBytes } = kernels.info
+    const { layers, blockTokens, layerBlockBytes, kvDtype: dtype } = kernels.info
     const made: Worker = {
       id,
       epoch,

@@ -4,10 +4,11 @@
  * layer of every block is.
  */
 import { limits } from "../../config/limits.ts"
+import type { KvDtype } from "../../kernels/index.ts"
 import type { Bus, Subscription } from "../runtime/bus.ts"
 import { header, protocolVersion } from "../runtime/bus.ts"
 import { Fault } from "../runtime/fault.ts"
-import { headerForCrc, kvChunkHeaderBytes, readChunkHeader, type ChunkRange, type KvDtype } from "../messages/kv-chunk.ts"
+import { headerForCrc, kvChunkHeaderBytes, readChunkHeader, type ChunkRange } from "../messages/kv-chunk.ts"
 import { KvProgress, KvStatus, type KvProgressMessage } from "../messages/kv-transfer.ts"
 import { transferSubject } from "../messages/subjects.ts"
 import { Settlement } from "./settlement.ts"
@@ -120,6 +121,11 @@ export class TransferReceiver {
     }
     const { header: found, crc } = read
     const { sink, transferId, firstBlock, blocks, hop } = this.#options
+    const isIntact = () => sink.crc32c(chunk.subarray(kvChunkHeaderBytes), sink.crc32c(headerForCrc(chunk), 0)) === crc
+    // To send it again would help no more than the first time.
+    if (found.transferId === transferId && found.dtype !== sink.dtype && isIntact()) {
+      return this.fail(this.#fault("invalid_request", `it sends KV in ${found.dtype}, and what is here takes ${sink.dtype}`))
+    }
     const inside =
       found.transferId === transferId &&
       found.sequence < this.#cells.length &&
@@ -233,7 +239,7 @@ export class TransferReceiver {
     }
   }
 
-  #fault(code: "disconnected" | "deadline_exceeded", message: string): Fault {
+  #fault(code: "disconnected" | "deadline_exceeded" | "invalid_request", message: string): Fault {
     return new Fault({ code, message: `KV transfer from ${this.#options.hop}: ${message}`, hop: this.#options.hop })
   }
 }

@@ -4,10 +4,11 @@
  * by the receiver and written again.
  */
 import { limits } from "../../config/limits.ts"
+import type { KvDtype } from "../../kernels/index.ts"
 import type { Bus, Subscription } from "../runtime/bus.ts"
 import { header, protocolVersion } from "../runtime/bus.ts"
 import { Fault } from "../runtime/fault.ts"
-import { headerForCrc, kvChunkHeaderBytes, sealChunk, writeChunkHeader, type ChunkRange, type KvDtype } from "../messages/kv-chunk.ts"
+import { headerForCrc, kvChunkHeaderBytes, sealChunk, writeChunkHeader, type ChunkRange } from "../messages/kv-chunk.ts"
 import { KvProgress, KvStatus, type KvStatusMessage } from "../messages/kv-transfer.ts"
 import { transferSubject } from "../messages/subjects.ts"
 import { giveChunkBuffer, takeChunkBuffer } from "./chunk-buffers.ts"

@@ -56,7 +56,8 @@ Engine::Engine(const EngineOptions& options) : options_(options), kernels_(selec
     refuse("maxContext",
            "expected at most the model's " + std::to_string(shape.context) + ", found " + std::to_string(options_.max_context));
   }
-  kv_ = std::make_unique<KvPool>(kernels_, shape.layers, options_.blocks, shape.kv_heads, options_.block_tokens, shape.head_dim);
+  kv_ = std::make_unique<KvPool>(kernels_, options_.kv_dtype, shape.layers, options_.blocks, shape.kv_heads, options_.block_tokens,
+                                 shape.head_dim);
   forward_ = std::make_unique<Forward>(*model_, kernels_, *kv_, pool_, options_.max_rows,
                                        std::min(options_.max_rows, options_.max_outputs), options_.max_context);
   sampler_scratch_.resize(options_.threads);

@@ -22,6 +22,7 @@ struct EngineOptions {
   std::string path;
   int blocks;
   int block_tokens;
+  KvDtype kv_dtype;
   int threads;
   int max_rows;
   int max_outputs;

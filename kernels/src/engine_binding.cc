@@ -152,6 +152,7 @@ Napi::Value NativeEngine::info(const Napi::CallbackInfo& info) {
     out.Set("contextLength", options.max_context);
     out.Set("blocks", options.blocks);
     out.Set("blockTokens", options.block_tokens);
+    out.Set("kvDtype", kv_dtype_name(engine.kv().dtype()));
     out.Set("blockBytes", static_cast<double>(engine.kv().block_bytes()));
     out.Set("layerBlockBytes", static_cast<double>(engine.kv().layer_block_bytes()));
     out.Set("isa", instruction_set_name(engine.isa()));

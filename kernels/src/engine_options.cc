@@ -13,6 +13,19 @@ InstructionSet read_instruction_set(const Napi::Value& value) {
   throw std::runtime_error("isa: expected reference, avx2 or avx512");
 }
 
+namespace {
+
+KvDtype read_kv_dtype(const Napi::Value& value) {
+  if (value.IsUndefined()) return KvDtype::F16;
+  const std::string name = value.IsString() ? value.As<Napi::String>().Utf8Value() : "";
+  for (KvDtype dtype : {KvDtype::F16, KvDtype::Int8, KvDtype::Int4}) {
+    if (name == kv_dtype_name(dtype)) return dtype;
+  }
+  throw std::runtime_error("kvDtype: expected f16, int8 or int4");
+}
+
+}  // namespace
+
 EngineOptions read_engine_options(const Napi::Object& object) {
   const Napi::Value path = object.Get("path");
   if (!path.IsString()) throw std::runtime_error("path: expected a string");
@@ -20,6 +33,7 @@ EngineOptions read_engine_options(const Napi::Object& object) {
   options.path = path.As<Napi::String>().Utf8Value();
   options.blocks = static_cast<int>(integer_field(object, "blocks", 1.0, 1 << 26));
   options.block_tokens = static_cast<int>(integer_field(object, "blockTokens", 1.0, 1 << 12));
+  options.kv_dtype = read_kv_dtype(object.Get("kvDtype"));
   options.threads = static_cast<int>(integer_field(object, "threads", 1.0, 1024.0));
   options.max_rows = static_cast<int>(integer_field(object, "maxRows", 1.0, 1 << 16));
   options.max_outputs = static_cast<int>(integer_field(object, "maxOutputs", 1.0, 1 << 16));

@@ -40,6 +40,8 @@ Forward::Forward(const Model& model, const Kernels& kernels, KvPool& kv, ThreadP
   key_offset_ = query;
   value_offset_ = query + key;
   logit_stride_ = round_up(shape_.vocabulary, 16);
+  head_stride_ = round_up(shape_.head_dim, 16);
+  gathered_ = kv.key_rows() + 2;
   for (const Layer& layer : model.layers()) {
     for (const Matrix* m :
          {&layer.query, &layer.key, &layer.value, &layer.attention_output, &layer.gate, &layer.up, &layer.down}) {
@@ -69,13 +71,13 @@ size_t Forward::carve(void* base) {
   carver.take(offsets_, input_rows * blocks);
   carver.take(sums_, input_rows * blocks * 2);
   carver.take(logits_, output_rows * logit_stride_);
-  carver.take(tile_totals_, size_t(kSplitRows) * shape_.heads * tiles_ * kv_.value_stride());
+  carver.take(tile_totals_, size_t(kSplitRows) * shape_.heads * tiles_ * head_stride_);
   carver.take(tile_states_, size_t(kSplitRows) * shape_.heads * tiles_ * 2);
   for (ThreadScratch& scratch : scratch_) {
     carver.take(scratch.linear, linear_scratch_);
     carver.take(scratch.attend, kAttendScratch);
-    carver.take(scratch.totals, size_t(kMostQueries) * kv_.value_stride());
-    carver.take(scratch.gather, size_t(kTileTokens) * shape_.head_dim);
+    carver.take(scratch.totals, size_t(kMostQueries) * head_stride_);
+    carver.take(scratch.gather, size_t(kTileTokens) * gathered_);
   }
   return carver.used();
 }

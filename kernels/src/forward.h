@@ -53,8 +53,8 @@ class Forward {
   struct ThreadScratch {
     uint8_t* linear;   // linear_scratch of the largest matrix
     float* attend;     // [kAttendScratch]
-    float* totals;     // [kMostQueries, value_stride]
-    uint16_t* gather;  // [kTileGroups, head_dim, 16] keys whose blocks are not a multiple of 16 tokens
+    float* totals;     // [kMostQueries, head_stride]
+    uint16_t* gather;  // [kTileGroups, gathered, 16] keys and scales whose blocks are not a multiple of 16 tokens
   };
 
   struct Product {
@@ -101,6 +101,8 @@ class Forward {
   size_t value_offset_;
   size_t ffn_;  // feed_forward padded; the gate and the up projection lie side by side
   size_t logit_stride_;
+  size_t head_stride_;  // head_dim padded to 16
+  size_t gathered_;     // rows of a tile's group that are gathered where they cannot be read in place
   size_t linear_scratch_ = 0;
 
   Region memory_;
@@ -115,7 +117,7 @@ class Forward {
   float* offsets_;                      // [input rows, wide / 32]
   int16_t* sums_;                       // [input rows, wide / 32, 2]
   float* logits_;                       // [logit rows, and as many refinements, logit_stride]
-  float* tile_totals_;                  // [kSplitRows, heads, tiles, value_stride] what rows gathered over single tiles
+  float* tile_totals_;                  // [kSplitRows, heads, tiles, head_stride] what rows gathered over single tiles
   float* tile_states_;                  // [kSplitRows, heads, tiles, 2] and the max and sum that belong to it
   std::vector<ThreadScratch> scratch_;  // [threads]
 

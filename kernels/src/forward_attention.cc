@@ -41,7 +41,6 @@ void Forward::store_kv(int layer, int row) {
   const int position = segment.position + (row - segment.first_row);
   const int block_tokens = kv_.block_tokens();
   const int block = segment.table[position / block_tokens];
-  const int slot = position % block_tokens;
   const int head_dim = shape_.head_dim;
   const float* cos = cos_ + size_t(row) * shape_.rotary;
   const float* sin = sin_ + size_t(row) * shape_.rotary;
@@ -55,11 +54,7 @@ void Forward::store_kv(int layer, int row) {
     float* key = projected_ + row * qkv_ + key_offset_ + h * head_dim;
     const float* value = projected_ + row * qkv_ + value_offset_ + h * head_dim;
     kernels_.rotate(key, cos, sin, shape_.rotary);
-    uint16_t half[kMostHeadDim];
-    kernels_.to_half(key, head_dim, half);
-    uint16_t* keys = kv_.keys(layer, block, h) + slot;
-    for (int d = 0; d < head_dim; ++d) keys[size_t(d) * block_tokens] = half[d];
-    kernels_.to_half(value, head_dim, kv_.values(layer, block, h) + size_t(slot) * kv_.value_stride());
+    kv_.write(layer, block, h, position % block_tokens, key, value);
   }
 }
 
@@ -68,7 +63,7 @@ void Forward::attend(int thread, int layer, const AttentionTask& task) {
   const Segment& segment = *task.segment;
   const ThreadScratch& scratch = scratch_[thread];
   const int group = shape_.heads / shape_.kv_heads;
-  const int stride = kv_.value_stride();
+  const size_t stride = head_stride_;
   const int count = task.tokens * group;
 
   QueryRow rows[kMostQueries];
@@ -120,7 +115,7 @@ void Forward::finish_attention(const QueryRow& row, int index, int head) {
 void Forward::merge_tiles(int row) {
   const Segment& segment = *segment_of_[row];
   const int tiles = (segment.position + (row - segment.first_row) + kTileTokens) / kTileTokens;
-  const int stride = kv_.value_stride();
+  const size_t stride = head_stride_;
   alignas(64) float total[kMostHeadDim];
   for (int head = 0; head < shape_.heads; ++head) {
     const size_t first = (size_t(row) * shape_.heads + head) * tiles_;
@@ -138,8 +133,10 @@ void Forward::merge_tiles(int row) {
 void Forward::gather_tile(const Segment& segment, int layer, int kv_head, int start, int tokens, uint16_t* gather,
                           KeyTile& tile) const {
   const int block_tokens = kv_.block_tokens();
-  const int head_dim = shape_.head_dim;
+  const int key_rows = kv_.key_rows();
   const bool in_place = block_tokens % kGroupTokens == 0;  // a group never crosses a block
+  const bool codes = kv_.dtype() != KvDtype::F16;
+  tile.dtype = kv_.dtype();
   tile.key_stride = in_place ? block_tokens : kGroupTokens;
   for (int t = 0; t < tokens;) {
     const int block = segment.table[(start + t) / block_tokens];
@@ -147,14 +144,22 @@ void Forward::gather_tile(const Segment& segment, int layer, int kv_head, int st
     const int run = std::min(block_tokens - slot, tokens - t);
     const uint16_t* keys = kv_.keys(layer, block, kv_head) + slot;
     const uint16_t* values = kv_.values(layer, block, kv_head) + size_t(slot) * kv_.value_stride();
+    const uint16_t* scales = kv_.value_scales(layer, block, kv_head) + slot;
     for (int i = 0; i < run; ++i, ++t) {
+      const int g = t / kGroupTokens;
       tile.values[t] = values + size_t(i) * kv_.value_stride();
-      uint16_t* group = gather + size_t(t / kGroupTokens) * kGroupTokens * head_dim;
       if (in_place) {
-        if (t % kGroupTokens == 0) tile.keys[t / kGroupTokens] = keys + i;
+        if (t % kGroupTokens != 0) continue;
+        tile.keys[g] = keys + i;
+        tile.value_scales[g] = scales + i;
       } else {
-        for (int d = 0; d < head_dim; ++d) group[d * kGroupTokens + t % kGroupTokens] = keys[size_t(d) * block_tokens + i];
-        tile.keys[t / kGroupTokens] = group;
+        uint16_t* group = gather + g * gathered_ * kGroupTokens;  // [key_rows, and two for the scales, 16]
+        uint16_t* column = group + t % kGroupTokens;
+        for (int row = 0; row < key_rows; ++row) column[row * kGroupTokens] = keys[size_t(row) * block_tokens + i];
+        for (int row = 0; codes && row < 2; ++row)
+          column[(key_rows + row) * kGroupTokens] = scales[size_t(row) * block_tokens + i];
+        tile.keys[g] = group;
+        tile.value_scales[g] = group + size_t(key_rows) * kGroupTokens;
       }
     }
   }

@@ -1,7 +1,9 @@
-// The KV cache of one engine: a fixed number of blocks, each holding `block_tokens` tokens of all layers as f16.
+// The KV cache of one engine: a fixed number of blocks, each holding `block_tokens` tokens of all layers as f16 or as codes.
 //
-// Layout [layer][block][kv head]{K [head dim, tokens], V [tokens, head dim padded to 16]}: keys lie token beside token, so
-// that a vector register holds one dimension of several keys, and values dimension beside dimension.
+// Everything lies in units of 16 bits, an f16 or two or four codes; `units` of them are one token's key or value. Layout
+// [layer][block][kv head]{K [units, tokens], V [tokens, units, of f16 padded to 16]}: keys lie token beside token, so that a
+// vector register holds a unit of several keys, and values unit beside unit. Codes have their f16 scales [tokens] and
+// zeros [tokens] behind K, as if they were two units more, and behind V.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +15,8 @@
 
 namespace penstock {
 
-// Some layers of some blocks. On the wire: [layer][block][K|V][kv head][token][head dim] f16 little-endian.
+// Some layers of some blocks. On the wire, little-endian: [layer][block][K|V][kv head]{[token][units], and of codes
+// scale [token], zero [token]}; the same in words in kernels/index.ts.
 struct KvRange {
   const int32_t* blocks;  // [count]
   size_t count;
@@ -24,16 +27,27 @@ struct KvRange {
 class KvPool {
  public:
   // Memory is reserved here and committed as blocks are first written.
-  KvPool(const Kernels& kernels, int layers, int blocks, int kv_heads, int block_tokens, int head_dim);
+  // Throws where a token's codes would fill no whole units.
+  KvPool(const Kernels& kernels, KvDtype dtype, int layers, int blocks, int kv_heads, int block_tokens, int head_dim);
 
+  KvDtype dtype() const { return dtype_; }
   int blocks() const { return blocks_; }
   int block_tokens() const { return block_tokens_; }
   int value_stride() const { return value_stride_; }
+  // Of a token's key, the scale and the zero of codes included.
+  int key_rows() const { return units_ + scales_; }
 
-  // [head_dim, block_tokens]
+  // [key_rows, block_tokens]
   uint16_t* keys(int layer, int block, int head) const { return entry(layer, block, head); }
   // [block_tokens, value_stride]
   uint16_t* values(int layer, int block, int head) const { return entry(layer, block, head) + value_offset_; }
+  // [scale | zero, block_tokens] of codes
+  uint16_t* value_scales(int layer, int block, int head) const {
+    return values(layer, block, head) + size_t(value_stride_) * block_tokens_;
+  }
+
+  // Writes a token's key, which is rotated already, and its value; both [head_dim].
+  void write(int layer, int block, int head, int slot, const float* key, const float* value);
 
   // On the wire.
   size_t layer_block_bytes() const { return size_t{2} * kv_heads_ * piece_bytes(); }
@@ -57,7 +71,10 @@ class KvPool {
   uint16_t* entry(int layer, int block, int head) const {
     return region_.as<uint16_t>() + (static_cast<size_t>(layer) * blocks_ + block) * block_stride_ + head * head_stride_;
   }
-  size_t piece_bytes() const { return sizeof(uint16_t) * block_tokens_ * head_dim_; }
+  // On the wire.
+  size_t codes_bytes() const { return sizeof(uint16_t) * block_tokens_ * units_; }
+  size_t scales_bytes() const { return sizeof(uint16_t) * block_tokens_ * scales_; }
+  size_t piece_bytes() const { return codes_bytes() + scales_bytes(); }
   size_t pieces(const KvRange& range) const { return size_t{2} * kv_heads_ * range.count * range.layers; }
   size_t pieces_together() const;
   Piece piece(const KvRange& range, size_t index) const;
@@ -66,12 +83,15 @@ class KvPool {
 
   const Kernels& kernels_;
   const Crc32c crc32c_;
+  KvDtype dtype_;
   int layers_;
   int blocks_;
   int kv_heads_;
   int block_tokens_;
   int head_dim_;
-  int value_stride_;     // head_dim padded to 16
+  int units_;            // of a token's key or value
+  int scales_;           // f16 beside them: none, or a scale and a zero
+  int value_stride_;     // units of a value, of f16 padded to 16
   size_t value_offset_;  // from an entry's keys to its values
   size_t head_stride_;   // from one head's entry to the next
   size_t block_stride_;  // from one block of a layer to the next

@@ -9,6 +9,7 @@ import { afterEach, beforeEach, describe, expect, it, vi } from "vitest"
 import { readEnv } from "../../config/env.ts"
 import { limits } from "../../config/limits.ts"
 import { loadTopology } from "../../config/load-topology.ts"
+import { kvDtypes, type KvDtype } from "../../kernels/index.ts"
 import { chainHashes, hashRoot } from "../../actors/engine/block-hash.ts"
 import { Engine } from "../../actors/engine/engine.ts"
 import type { KvLayout } from "../../actors/engine/worker.ts"
@@ -291,8 +292,8 @@ describe("a KV store", () => {
 
 describe("a conversation whose blocks have left the pool", () => {
   const prompt = "The water comes down the penstock and turns the wheel, and the wheel turns the stones that grind the corn. ".repeat(2)
-  const start = (kvStore: { readonly replicas?: number; readonly memory?: number }) =>
-    Cluster.start({ change: (topology) => ({ ...topology, kvStore: { ...topology.kvStore, ...kvStore }, workers: topology.workers.map((worker) => ({ ...worker, threads: 1, kv: { ...worker.kv, blocks: 16 } })) }) })
+  const start = (kvStore: { readonly replicas?: number; readonly memory?: number }, dtype: KvDtype = "f16") =>
+    Cluster.start({ change: (topology) => ({ ...topology, kvStore: { ...topology.kvStore, ...kvStore }, workers: topology.workers.map((worker) => ({ ...worker, threads: 1, kv: { ...worker.kv, blocks: 16, dtype } })) }) })
   /** Asks, waits until its blocks are stored or cannot be, has others push it out of the pool, and asks again. */
   const twice = async (cluster: Cluster, isKept: boolean) => {
     const { worker } = cluster.node.workers.get("w0")!
@@ -307,8 +308,8 @@ describe("a conversation whose blocks have left the pool", () => {
     return { first, second: await cluster.generate({ prompt }), hashes }
   }
 
-  it("is found in the store: only the rest is computed, and the tokens are the same", async () => {
-    const cluster = await start({})
+  it.each(kvDtypes)("is found in the store, in %s: only the rest is computed, and the tokens are the same", async (dtype) => {
+    const cluster = await start({}, dtype)
     const { first, second, hashes } = await twice(cluster, true)
     expect(first.usage.cachedTokens).toBe(0)
     expect(second.usage.cachedTokens).toBe(16 * Math.min(hashes.length, Math.floor((first.promptTokens.length - 1) / 16)))

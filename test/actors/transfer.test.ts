@@ -10,7 +10,7 @@ import { checkChunkFits, chunkBytesOn } from "../../actors/transfer/chunk-limit.
 import { TransferReceiver, type ChunkSink, type ReceivedTransfer } from "../../actors/transfer/transfer-receiver.ts"
 import { TransferSender, type ChunkSource, type SentTransfer } from "../../actors/transfer/transfer-sender.ts"
 import { limits } from "../../config/limits.ts"
-import { crc32c } from "../../kernels/index.ts"
+import { crc32c, kvDtypes, type KvDtype } from "../../kernels/index.ts"
 import { FaultyBus, type Faults } from "../support/faulty-bus.ts"
 import { randomNumbers } from "../support/tiny-model.ts"
 
@@ -24,11 +24,13 @@ interface Shape {
   readonly firstBlock: number
   readonly blocks: number
   readonly layerBlockBytes: number
+  /** Of the sender; f16 where absent, as the receiver's. */
+  readonly dtype?: KvDtype
 }
 const shape: Shape = { layers: 3, firstBlock: 2, blocks: 5, layerBlockBytes: 96 }
 
 /** KV that is a pure function of its place, and a pool to receive it. */
-const pools = ({ layers, firstBlock, blocks, layerBlockBytes }: Shape) => {
+const pools = ({ layers, firstBlock, blocks, layerBlockBytes, dtype = "f16" }: Shape) => {
   const random = randomNumbers(7)
   const size = layers * (firstBlock + blocks) * layerBlockBytes
   const kept = Uint8Array.from({ length: size }, () => random() * 256)
@@ -44,6 +46,7 @@ const pools = ({ layers, firstBlock, blocks, layerBlockBytes }: Shape) => {
   const layout = { dtype: "f16" as const, blockTokens: 16, layers, layerBlockBytes, crc32c }
   const source: ChunkSource = {
     ...layout,
+    dtype,
     write: (range, into, offset, seed) => {
       const bytes = each(range, (place, within) => into.set(kept.subarray(place, place + layerBlockBytes), offset + within))
       return crc32c(into.subarray(offset, offset + bytes), seed)
@@ -148,6 +151,25 @@ describe("a KV transfer", () => {
     const { sent, received } = await complete(open())
     expect(received).toMatchObject({ chunks: 9, corrupted: 0, duplicates: 0, bytes: sent.bytes })
     expect(sent.resent).toBe(0)
+  })
+
+  it("of another dtype is refused by name at once, and one that a fault makes look so is asked for again", async () => {
+    const sizes = { ...shape, dtype: "int4" as const }
+    const ends = open({ shape: sizes })
+    await sendAll(ends, sizes)
+    await settled(ends, 100)
+    expect(ends.outcomes.received).toMatchObject({ code: "invalid_request", message: "KV transfer from prefill p0: it sends KV in int4, and what is here takes f16" })
+    expect(ends.outcomes.sent).toMatchObject({ message: expect.stringContaining("it sends KV in int4, and what is here takes f16") })
+    await nothingLeft(ends)
+
+    const spoilt = open()
+    const publish = spoilt.memory.publish.bind(spoilt.memory)
+    let chunks = 0
+    vi.spyOn(spoilt.memory, "publish").mockImplementation((subject, data, options) => {
+      const spoils = verbOf(subject) === "chunk" && chunks++ === 1
+      publish(subject, spoils ? data.map((byte, at) => (at === 6 ? 1 : byte)) : data, options)
+    })
+    expect((await complete(spoilt)).received).toMatchObject({ corrupted: 1 })
   })
 
   it("is closed by both ends as soon as the sender has heard that it is complete", async () => {
@@ -436,7 +458,7 @@ describe("chunks", () => {
   const header = fc.record({
     transferId: fc.uint8Array({ minLength: 16, maxLength: 16 }).map((bytes) => Buffer.from(bytes).toString("hex")),
     sequence: fc.nat(0xffffffff),
-    dtype: fc.constant("f16" as const),
+    dtype: fc.constantFrom(...kvDtypes),
     firstLayer: fc.nat(0xffff),
     layers: fc.nat(0xffff),
     firstBlock: fc.nat(0xffffffff),

@@ -6,6 +6,7 @@ import { header, protocolVersion } from "../../actors/runtime/bus.ts"
 import { Fault } from "../../actors/runtime/fault.ts"
 import { openStream } from "../../actors/runtime/stream-reader.ts"
 import { limits } from "../../config/limits.ts"
+import type { Topology } from "../../config/topology.ts"
 import { Cluster, type Answer, type Asked } from "../support/cluster.ts"
 import type { Faults } from "../support/faulty-bus.ts"
 import { natsStartTimeoutMs, startNats } from "../support/start-nats.ts"
@@ -100,6 +101,24 @@ describe("two workers with KV between them", () => {
     const { bus, prefill, decode } = await answersUnder(verb, faults, 2)
     for (const fault of Object.keys(faults) as Array<keyof Faults>) expect(bus.met[fault]).toBeGreaterThan(0)
     expect([prefill.worker.totals.failed, decode.worker.totals.fallbacks]).toEqual([0, 0])
+  })
+
+  it.each(["int8", "int4"] as const)("give what one gives in pools of %s", async (dtype) => {
+    const inDtype = (topology: Topology): Topology => ({ ...topology, workers: topology.workers.map((worker) => ({ ...worker, kv: { ...worker.kv, dtype } })) })
+    normally()
+    const single = await Cluster.start({ change: inDtype })
+    const alone = await Promise.all(mixed.map((asked) => single.generate(asked)))
+    await single.stop()
+    const started = await start({ faultsOf: () => undefined, dtype })
+    const { listeners } = started.bus
+    expect(started.decode.worker.kv).toMatchObject({ dtype, layerBlockBytes: 2 * 2 * 16 * ((dtype === "int8" ? 16 : 8) + 4) })
+    expect(started.decode.worker.formatId).toContain(`-${dtype}-`)
+    expect(alike(await Promise.all(mixed.map((asked) => started.cluster.generate(asked))))).toEqual(alike(alone))
+    expect(alike(alone)).not.toEqual(alike(expected)) // of f16: the pool does hold something else
+    await nothingLeft(started, listeners)
+    expect(started.prefill.worker.totals).toMatchObject({ failed: 0, completed: expect.any(Number) })
+    expect(started.prefill.worker.totals.completed).toBeGreaterThan(0)
+    expect(started.decode.worker.totals.fallbacks).toBe(0)
   })
 
   it("give what one gives though every fault comes at once", async () => {

@@ -54,7 +54,6 @@ describe("a topology file", () => {
     ["scheduler: { policy: random }", "scheduler.policy", "use cache-aware"],
     ["gateway: { replicas: 2 }", "gateway.replicas", "use 1"],
     ["workers: [{ name: a, device: cuda }]", "workers[0].device", "use cpu"],
-    ["workers: [{ name: a, kv: { dtype: int8 } }]", "workers[0].kv.dtype", "use f16"],
     ["kvStore: { disk: { size: 2GiB } }", "kvStore.disk", "use no disk key"]
   ])("%s is in the design but not built: refused, not ignored", (line, path, use) => {
     const [problem = "", ...rest] = problems(`penstock: 1\n${line}\n`)
@@ -66,6 +65,12 @@ describe("a topology file", () => {
 
   test("all workers have blocks of one size", () => {
     expect(problems("penstock: 1\nworkers:\n  - { name: a }\n  - { name: b, kv: { blockTokens: 32 } }\n")).toEqual(["single.yaml:4: workers[1].kv.blockTokens: expected 16, as workers[0] has, found 32"])
+  })
+
+  test.each(["f16", "int8", "int4"])("the KV of workers is %s where the file says so, and the same everywhere", (dtype) => {
+    expect(parseTopology(`penstock: 1\nworkers: [{ name: a, kv: { dtype: ${dtype} } }]\n`, "/somewhere/single.yaml").topology.workers[0]!.kv.dtype).toBe(dtype)
+    const other = dtype === "f16" ? "int8" : "f16"
+    expect(problems(`penstock: 1\nworkers:\n  - { name: a, kv: { dtype: ${other} } }\n  - { name: b, kv: { dtype: ${dtype} } }\n`)).toEqual([`single.yaml:4: workers[1].kv.dtype: expected ${other}, as workers[0] has, found ${dtype}`])
   })
 
   test("workers' names differ and every role is somebody's", () => {

@@ -6,7 +6,7 @@ import { mkdtemp, rm } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { afterAll, beforeAll, describe, expect, test } from "vitest"
-import { bestInstructionSet, Engine, instructionSets, type EngineOptions, type InstructionSet } from "../../kernels/index.ts"
+import { bestInstructionSet, Engine, instructionSets, type EngineOptions, type InstructionSet, type KvDtype } from "../../kernels/index.ts"
 import { firstDifference, randomEnds, sequenceLogits, shuffled, stepLogits, upTo, type Run } from "../support/engine-runs.ts"
 import { realModelPath } from "../support/model.ts"
 import { randomNumbers, writeTinyModel, type TinyModelOptions } from "../support/tiny-model.ts"
@@ -49,7 +49,7 @@ beforeAll(async () => {
 })
 afterAll(() => rm(folder, { recursive: true, force: true }))
 
-const withEngine = async <A>(options: Partial<EngineOptions> & { path: string }, use: (engine: Engine) => Promise<A>): Promise<A> => {
+const withAnyEngine = async <A>(options: Partial<EngineOptions> & { path: string }, use: (engine: Engine) => Promise<A>): Promise<A> => {
   const engine = await Engine.load({ blocks: 160, blockTokens: 16, threads: 2, maxRows: 512, maxOutputs: 512, ...options })
   try {
     return await use(engine)
@@ -60,8 +60,9 @@ const withEngine = async <A>(options: Partial<EngineOptions> & { path: string },
 
 const blocksFor = (tokens: number, blockTokens: number): number => Math.ceil(tokens / blockTokens)
 
-const invariance = (name: string, length: number, isas: ReadonlyArray<InstructionSet>, path: () => Promise<string>): void => {
-  describe(name, () => {
+const invariance = (name: string, length: number, isas: ReadonlyArray<InstructionSet>, path: () => Promise<string>, kvDtype: KvDtype = "f16"): void => {
+  describe(`${name}, KV in ${kvDtype}`, () => {
+    const withEngine = <A>(options: Partial<EngineOptions> & { path: string }, use: (engine: Engine) => Promise<A>): Promise<A> => withAnyEngine({ kvDtype, ...options }, use)
     let file: string
     let tokens: Array<number>
     let expected: Array<Buffer>
@@ -186,14 +187,24 @@ const invariance = (name: string, length: number, isas: ReadonlyArray<Instructio
   })
 }
 
-for (const [name, options] of Object.entries({ ...models, ...wideModels })) {
-  // Long enough for three tiles of attention and for the many-row kernels.
-  invariance(name, 300, name in wideModels ? available.slice(1) : available, async () => {
-    const path = join(folder, `${name.replaceAll(/\W/g, "")}.gguf`)
-    await writeTinyModel(path, options)
-    return path
-  })
+const tinyPath = (name: string) => async (): Promise<string> => {
+  const path = join(folder, `${name.replaceAll(/\W/g, "")}.gguf`)
+  await writeTinyModel(path, { ...models, ...wideModels }[name])
+  return path
 }
+
+// Long enough for three tiles of attention and for the many-row kernels.
+for (const name of Object.keys(models)) invariance(name, 300, available, tinyPath(name))
+for (const name of Object.keys(wideModels)) invariance(name, 300, available.slice(1), tinyPath(name))
+
+/** Heads that are whole registers of codes, and such that are not; one, two, three and five queries to a key. */
+const coded = [
+  ["Q4_0, three heads to a KV head", "int4"],
+  ["Q8_0, one KV head", "int8"],
+  ["F16, odd sizes", "int8"],
+  ["F32 and all others mixed", "int4"],
+] as const
+for (const [name, dtype] of coded) invariance(name, 270, available, tinyPath(name), dtype)
 
 const real = realModelPath()
 if (real !== undefined) {

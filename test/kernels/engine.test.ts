@@ -59,6 +59,7 @@ describe("a loaded engine", () => {
       contextLength: 100,
       blocks: 16,
       blockTokens: 8,
+      kvDtype: "f16",
       blockBytes: 2 * 2 * 2 * 8 * 16 * 2,
       layerBlockBytes: 2 * 2 * 8 * 16 * 2,
       isa: bestInstructionSet(),
@@ -254,6 +255,7 @@ describe("loading", () => {
     [{ blocks: 1.5 }, "blocks: expected a positive integer, found 1.5"],
     [{ maxContext: 513 }, "maxContext: expected at most the model's 512, found 513"],
     [{ maxContext: 0 }, "maxContext: 0 is not in 1"],
+    [{ kvDtype: "int2" as "int4" }, "kvDtype: expected f16, int8 or int4"],
     [{ isa: "sse" as "avx2" }, "isa: expected reference, avx2 or avx512"],
     [{ path: "/nowhere/x.gguf" }, "x.gguf"],
   ]

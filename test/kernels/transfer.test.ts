@@ -6,7 +6,7 @@ import { setFlagsFromString } from "node:v8"
 import { runInNewContext } from "node:vm"
 import fc from "fast-check"
 import { afterAll, beforeAll, describe, expect, test } from "vitest"
-import { bestInstructionSet, crc32c, Engine, instructionSets, type Batch, type EngineOptions, type InstructionSet } from "../../kernels/index.ts"
+import { bestInstructionSet, crc32c, Engine, instructionSets, kvBytes, type Batch, type EngineOptions, type InstructionSet, type KvDtype } from "../../kernels/index.ts"
 import { greedy, upTo } from "../support/engine-runs.ts"
 import { randomNumbers, writeTinyModel, type TinyModelOptions } from "../support/tiny-model.ts"
 
@@ -94,24 +94,30 @@ test("crc32c refuses what is no bytes and no seed", () => {
 })
 
 /** Block sizes and heads that fill registers and such that do not. */
-const shapes: ReadonlyArray<readonly [blockTokens: number, headDim: number, kvHeads: number]> = [
-  [16, 64, 3],
-  [16, 16, 2],
-  [32, 128, 1],
-  [8, 24, 2],
-  [1, 64, 2],
-  [12, 10, 3],
-  [7, 42, 1],
-  [24, 80, 2],
-  [64, 256, 1],
+const shapes: ReadonlyArray<readonly [blockTokens: number, headDim: number, kvHeads: number, kvDtype: KvDtype]> = [
+  [16, 64, 3, "f16"],
+  [16, 16, 2, "f16"],
+  [32, 128, 1, "f16"],
+  [8, 24, 2, "f16"],
+  [1, 64, 2, "f16"],
+  [12, 10, 3, "f16"],
+  [7, 42, 1, "f16"],
+  [24, 80, 2, "f16"],
+  [64, 256, 1, "f16"],
+  [16, 64, 3, "int8"],
+  [7, 42, 1, "int8"],
+  [1, 24, 2, "int8"],
+  [16, 64, 3, "int4"],
+  [12, 20, 2, "int4"],
+  [64, 256, 1, "int4"],
 ]
 const layers = 5
 
-describe.each(shapes)("layers of blocks of %i tokens, heads of %i dimensions, %i KV heads", (blockTokens, headDim, kvHeads) => {
+describe.each(shapes)("layers of blocks of %i tokens, heads of %i dimensions, %i KV heads, in %s", (blockTokens, headDim, kvHeads, kvDtype) => {
   const engines: Array<Engine> = []
   const stored: Array<Uint8Array> = [] // [block] as exportBlock gives them
   beforeAll(async () => {
-    for (const isa of available) engines.push(await load({ blocks: 9, blockTokens, isa, model: { layers, headDim, kvHeads, heads: kvHeads } }))
+    for (const isa of available) engines.push(await load({ blocks: 9, blockTokens, kvDtype, isa, model: { layers, headDim, kvHeads, heads: kvHeads } }))
     const { blocks, blockBytes } = engines[0]!.info
     for (let block = 0; block < blocks; block++) {
       stored.push(randomBytes(blockBytes, block + 1))
@@ -128,7 +134,7 @@ describe.each(shapes)("layers of blocks of %i tokens, heads of %i dimensions, %i
 
   test("a layer of a block is its share of the block", () => {
     for (const { info } of engines) {
-      expect(info.layerBlockBytes).toBe(2 * kvHeads * blockTokens * headDim * 2)
+      expect(info.layerBlockBytes).toBe(2 * kvHeads * blockTokens * kvBytes(kvDtype, headDim))
       expect(info.layerBlockBytes * layers).toBe(info.blockBytes)
     }
   })

@@ -54,6 +54,7 @@ export class FakeKernels implements StepKernels {
       contextLength: context,
       blocks,
       blockTokens,
+      kvDtype: "f16",
       blockBytes: blockTokens * 4,
       layerBlockBytes: blockTokens * 4,
       isa: "reference",

@@ -9,6 +9,7 @@
  * Ainslie et al. 2023 (grouped-query attention).
  */
 import { readFileSync } from "node:fs"
+import type { KvDtype } from "../../kernels/index.ts"
 import { tensorTypeIds, type TensorTypeName } from "./gguf-writer.ts"
 import { codecs, dequantise, halfOfNumber, numberOfHalf } from "./quantise.ts"
 
@@ -163,9 +164,22 @@ const attend = (q: ReadonlyArray<Float64Array>, k: ReadonlyArray<Float64Array>, 
 
 const add = (a: ReadonlyArray<Float64Array>, b: ReadonlyArray<Float64Array>): Array<Float64Array> => a.map((x, n) => x.map((value, i) => value + b[n]![i]!))
 
+const roundToHalf = (value: number): number => numberOfHalf(halfOfNumber(value))
+
+/** One token's key or value of one head as the pool keeps it: in f16, or the least number and a scale in f16, and levels. */
+const roundKv = (head: Float64Array, dtype: KvDtype): void => {
+  if (dtype === "f16") return head.forEach((value, i) => (head[i] = roundToHalf(value)))
+  const levels = dtype === "int8" ? 255 : 15
+  const zero = roundToHalf(Math.min(...head))
+  const scale = roundToHalf((Math.max(...head) - zero) / levels)
+  head.forEach((value, i) => (head[i] = zero + scale * Math.min(levels, Math.max(0, Math.round((value - zero) / scale)))))
+}
+
 export interface ReferenceOptions {
-  /** Round where the engine rounds: what a quantised matrix is multiplied with to int8 in blocks of 32, and KV to f16. */
+  /** Round where the engine rounds: what a quantised matrix is multiplied with to int8 in blocks of 32, and KV to `kvDtype`. */
   readonly rounded?: boolean
+  /** f16 where absent. */
+  readonly kvDtype?: KvDtype
   /** Called after each layer. */
   readonly progress?: (layer: number) => void
 }
@@ -205,7 +219,7 @@ export const referenceLogits = (file: ReferenceFile, tokens: ReadonlyArray<numbe
       rotate(q[n]!, n, headDim, dims, base)
       rotate(k[n]!, n, headDim, dims, base)
     }
-    if (rounded) for (const row of [...k, ...v]) row.forEach((value, i) => (row[i] = numberOfHalf(halfOfNumber(value))))
+    if (rounded) for (const row of [...k, ...v]) for (let head = 0; head < row.length; head += headDim) roundKv(row.subarray(head, head + headDim), options.kvDtype ?? "f16")
     x = add(x, multiply(weight("attn_output"), attend(q, k, v, headDim), rounded))
     const f = rmsNorm(weight("ffn_norm"), epsilon, x)
     const gate = multiply(weight("ffn_gate"), f, rounded)

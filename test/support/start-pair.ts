@@ -8,6 +8,7 @@ import type { RunningWorker } from "../../actors/node/worker.ts"
 import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
 import { readEnv } from "../../config/env.ts"
 import { loadTopology } from "../../config/load-topology.ts"
+import type { KvDtype } from "../../kernels/index.ts"
 import { Cluster } from "./cluster.ts"
 import { FaultyBus, type FaultyBusOptions } from "./faulty-bus.ts"
 import { writeTinyModel, type TinyModelOptions } from "./tiny-model.ts"
@@ -16,6 +17,7 @@ export interface PairOptions extends FaultyBusOptions {
   readonly tiny?: TinyModelOptions
   /** Blocks of each pool. */
   readonly blocks?: number
+  readonly dtype?: KvDtype
   /** Digest of the model as the prefill worker sees it. */
   readonly prefillDigest?: string
 }
@@ -34,7 +36,7 @@ export const startPair = async (options: PairOptions): Promise<StartedPair> => {
   const path = join(folder, "tiny.gguf")
   await writeTinyModel(path, options.tiny)
   const preset = loadTopology("config/topologies/disaggregated.yaml", { host: "127.0.0.1", port: 0 }).topology
-  const workers = preset.workers.map((worker) => ({ ...worker, threads: 1, kv: { ...worker.kv, blocks: options.blocks ?? 256 } }))
+  const workers = preset.workers.map((worker) => ({ ...worker, threads: 1, kv: { ...worker.kv, blocks: options.blocks ?? 256, dtype: options.dtype ?? "f16" } }))
   const memory = new MemoryBus()
   const bus = new FaultyBus(memory, options)
   const running = new Map<string, RunningWorker>()

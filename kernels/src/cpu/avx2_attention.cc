@@ -1,6 +1,6 @@
 // AVX2: attention of some query rows over one tile of keys.
 #include "avx2_kernels.h"
-#include "avx2_math.h"
+#include "avx2_softmax.h"
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -33,34 +33,6 @@ void score(const KeyTile& tile, const QueryRow* rows, int head_dim, int tokens, 
       _mm256_storeu_ps(scores + r * kTileTokens + g * kGroupTokens + 8, sums[r][1]);
     }
   }
-}
-
-// Scores become weights exp(score - max); those beyond `visible`, whatever they were computed from, become zero.
-void weigh(float* scores /* [kTileTokens] */, int visible, int tokens, float* max_out, float* sum_out) {
-  const __m256 lowest = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
-  const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const int padded = (tokens + kGroupTokens - 1) / kGroupTokens * kGroupTokens;
-  __m256 greatest = lowest;
-  for (int t = 0; t < padded; t += 8) {
-    const __m256 seen = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(visible - t), index));
-    const __m256 s = _mm256_blendv_ps(lowest, _mm256_loadu_ps(scores + t), seen);
-    _mm256_storeu_ps(scores + t, s);
-    greatest = _mm256_max_ps(s, greatest);
-  }
-  const float max = max8(greatest);
-  const __m256 m = _mm256_set1_ps(max);
-  Lanes sum = zero_lanes();
-  for (int t = 0; t < padded; t += kGroupTokens) {
-    // exp(-infinity) is exactly 0, and adding 0 to a sum of weights changes nothing.
-    const __m256 a = fixed_exp(_mm256_sub_ps(_mm256_loadu_ps(scores + t), m));
-    const __m256 b = fixed_exp(_mm256_sub_ps(_mm256_loadu_ps(scores + t + 8), m));
-    _mm256_storeu_ps(scores + t, a);
-    _mm256_storeu_ps(scores + t + 8, b);
-    sum.low = _mm256_add_ps(sum.low, a);
-    sum.high = _mm256_add_ps(sum.high, b);
-  }
-  *max_out = max;
-  *sum_out = tree_sum16(sum);
 }
 
 // totals[r][d] over keys first … last-1, for 16 dimensions of R rows, continuing what is in `totals`.
@@ -120,6 +92,7 @@ void attend_rows(const KeyTile& tile, QueryRow* rows, int head_dim, float* scrat
 }  // namespace
 
 void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float* scratch) {
+  if (tile.dtype != KvDtype::F16) return attend_coded(tile, rows, count, head_dim, scratch);
   // Rows come in order of position, so those that see nothing of this tile are the first.
   while (count > 0 && rows[0].visible == 0) {
     ++rows;

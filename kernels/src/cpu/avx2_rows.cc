@@ -1,6 +1,7 @@
 // AVX2: what is done to one row at a time.
 #include "avx2_kernels.h"
 #include "avx2_math.h"
+#include "kv_codes.h"
 
 namespace penstock {
 
@@ -88,9 +89,47 @@ void quantise(const float* x, int length, QuantisedRow row) {
   }
 }
 
+void encode(const float* x, int length, int bits, uint8_t* codes, uint16_t* scale, uint16_t* zero) {
+  if (length % 16 != 0) return kReferenceKernels.encode(x, length, bits, codes, scale, zero);
+  const float infinity = std::numeric_limits<float>::infinity();
+  __m256 least = _mm256_set1_ps(infinity);
+  __m256 most = _mm256_set1_ps(-infinity);
+  __m256 finite = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  for (int d = 0; d < length; d += 8) {
+    const __m256 v = _mm256_loadu_ps(x + d);
+    least = _mm256_min_ps(v, least);
+    most = _mm256_max_ps(v, most);
+    finite = _mm256_and_ps(finite, _mm256_cmp_ps(_mm256_and_ps(v, magnitude), _mm256_set1_ps(infinity), _CMP_LT_OQ));
+  }
+  const float min = -max8(_mm256_xor_ps(least, _mm256_set1_ps(-0.0f)));
+  const int levels = (1 << bits) - 1;
+  const CodeScale to = code_scale(min, max8(most), _mm256_movemask_ps(finite) == 0xff, levels);
+  *scale = to.scale;
+  *zero = to.zero;
+  if (to.scale == kHalfNan) {
+    std::memset(codes, 0, length * bits / 8);
+    return;
+  }
+  const __m256 offset = _mm256_set1_ps(to.offset);
+  const __m256 inverse = _mm256_set1_ps(to.inverse);
+  const auto code8 = [&](int d) {
+    const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + d), offset), inverse));
+    return _mm256_min_epi32(_mm256_max_epi32(rounded, _mm256_setzero_si256()), _mm256_set1_epi32(levels));
+  };
+  const int bytes = length * bits / 8;
+  for (int d = 0; d < bytes; d += 8) {
+    __m256i code = code8(d);
+    if (bits == 4) code = _mm256_or_si256(code, _mm256_slli_epi32(code8(d + bytes), 4));
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + d), _mm_packus_epi16(halves, halves));
+  }
+}
+
 }  // namespace avx2
 
 const Kernels kAvx2Kernels = {InstructionSet::Avx2, avx2::rms_norm, avx2::swiglu, avx2::rotate, avx2::to_half,
-                              avx2::quantise,       avx2::linear,   avx2::attend, avx2::merge,  avx2::transpose};
+                              avx2::quantise,       avx2::encode,   avx2::linear, avx2::attend, avx2::merge,
+                              avx2::transpose};
 
 }  // namespace penstock

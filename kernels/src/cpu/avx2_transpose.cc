@@ -8,12 +8,12 @@ namespace {
 
 constexpr int kTile = 8;  // columns of a tile, and half of its rows
 
-inline __m128i load(const WireHalf* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); }
+inline __m128i load(const WireUnit* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); }
 
 // Eight columns of 16 rows, or of 8. Rows r and r + 8 share a register, a half each: no step has to cross the halves, and a column
 // leaves as one register.
 template <bool kSixteen>
-inline void transpose_tile(const WireHalf* from, size_t from_stride, WireHalf* to, size_t to_stride) {
+inline void transpose_tile(const WireUnit* from, size_t from_stride, WireUnit* to, size_t to_stride) {
   __m256i rows[kTile];
 #pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i) {
@@ -49,12 +49,12 @@ inline void transpose_tile(const WireHalf* from, size_t from_stride, WireHalf* t
 
 }  // namespace
 
-void transpose(const WireHalf* from, size_t from_stride, int rows, int columns, WireHalf* to, size_t to_stride) {
+void transpose(const WireUnit* from, size_t from_stride, int rows, int columns, WireUnit* to, size_t to_stride) {
   int row = 0;
   for (int step; row + kTile <= rows; row += step) {
     const bool sixteen = row + 2 * kTile <= rows;
     step = sixteen ? 2 * kTile : kTile;
-    const WireHalf* band = from + row * from_stride;  // [step, columns]
+    const WireUnit* band = from + row * from_stride;  // [step, columns]
     int column = 0;
     for (; column + kTile <= columns; column += kTile) {
       if (sixteen) {

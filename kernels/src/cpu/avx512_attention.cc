@@ -1,8 +1,8 @@
 // AVX-512: attention of some query rows over one tile of keys. Same steps as avx2_attention.cc, in registers twice as wide: the
 // sixteen lanes of a sum are one register, as are the keys of a group.
 #include "avx2_kernels.h"
-#include "avx2_math.h"
 #include "avx512_kernels.h"
+#include "avx512_softmax.h"
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -11,32 +11,6 @@ namespace penstock::avx512 {
 namespace {
 
 constexpr int kRows = 6;
-
-inline __m512 load_half16(const uint16_t* from) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-
-// The steps of fixed_exp for arguments up to 0, NaN included.
-inline __m512 exp_of_negative(__m512 x) {
-  using C = ExpConstants;
-  const __m512 shift = _mm512_set1_ps(kRoundingShift);
-  const __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(C::log2e), shift);
-  const __m512 n = _mm512_sub_ps(shifted, shift);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(C::ln2_high), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(C::ln2_low), r);
-  __m512 p = _mm512_set1_ps(C::p5);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(C::p4));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(C::p3));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(C::p2));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(C::p1));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(C::p0));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-  const __m512 y = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent));
-  const __m512 kept = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(C::lowest), _CMP_NLT_UQ), y);
-  return _mm512_mask_mov_ps(kept, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
-}
 
 // Scores of R rows for G groups of 16 keys from group g on.
 template <int R, int G>
@@ -71,31 +45,6 @@ void score(const KeyTile& tile, const QueryRow* rows, int head_dim, int tokens, 
   int g = 0;
   for (; g + kGroups <= groups; g += kGroups) score_groups<R, kGroups>(tile, rows, head_dim, g, scores);
   for (; g < groups; ++g) score_groups<R, 1>(tile, rows, head_dim, g, scores);
-}
-
-// Scores become weights exp(score - max); those beyond `visible`, whatever they were computed from, become zero.
-void weigh(float* scores /* [kTileTokens] */, int visible, int tokens, float* max_out, float* sum_out) {
-  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m512 greatest = lowest;
-  for (int t = 0; t < tokens; t += kGroupTokens) {
-    const __mmask16 seen = _mm512_cmpgt_epi32_mask(_mm512_set1_epi32(visible - t), index);
-    const __m512 s = _mm512_mask_mov_ps(lowest, seen, _mm512_loadu_ps(scores + t));
-    _mm512_storeu_ps(scores + t, s);
-    greatest = _mm512_max_ps(s, greatest);
-  }
-  const __m256 low = _mm512_castps512_ps256(greatest);
-  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(greatest), 1));
-  const float max = max8(_mm256_max_ps(low, high));
-  const __m512 m = _mm512_set1_ps(max);
-  __m512 sum = _mm512_setzero_ps();
-  for (int t = 0; t < tokens; t += kGroupTokens) {
-    const __m512 weights = exp_of_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + t), m));
-    _mm512_storeu_ps(scores + t, weights);
-    sum = _mm512_add_ps(sum, weights);
-  }
-  *max_out = max;
-  *sum_out = tree_sum16({_mm512_castps512_ps256(sum), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sum), 1))});
 }
 
 // totals[r][d] over keys first … last-1, for 16 * C dimensions of R rows, continuing what is in `totals`.
@@ -160,6 +109,7 @@ void attend_rows(const KeyTile& tile, QueryRow* rows, int head_dim, float* scrat
 }  // namespace
 
 void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float* scratch) {
+  if (tile.dtype != KvDtype::F16) return attend_coded(tile, rows, count, head_dim, scratch);
   // Rows come in order of position, so those that see nothing of this tile are the first.
   while (count > 0 && rows[0].visible == 0) {
     ++rows;

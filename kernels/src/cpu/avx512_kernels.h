@@ -7,5 +7,6 @@ namespace penstock::avx512 {
 
 void linear(const Matrix& matrix, int first, int last, const LinearInput& input, float* out, size_t out_stride, uint8_t* scratch);
 void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float* scratch);
+void attend_coded(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float* scratch);
 
 }  // namespace penstock::avx512

@@ -224,7 +224,8 @@ void linear(const Matrix& matrix, int first, int last, const LinearInput& input,
 
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = {InstructionSet::Avx512, avx2::rms_norm, avx2::swiglu,   avx2::rotate, avx2::to_half,
-                                avx2::quantise,         avx512::linear, avx512::attend, avx2::merge,  avx2::transpose};
+const Kernels kAvx512Kernels = {InstructionSet::Avx512, avx2::rms_norm, avx2::swiglu,   avx2::rotate,   avx2::to_half,
+                                avx2::quantise,         avx2::encode,   avx512::linear, avx512::attend, avx2::merge,
+                                avx2::transpose};
 
 }  // namespace penstock

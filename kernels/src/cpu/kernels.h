@@ -14,6 +14,10 @@ namespace penstock {
 
 enum class InstructionSet { Reference, Avx2, Avx512 };
 
+// How keys and values lie in the pool: as f16, or as codes of 8 or 4 bits that kv_codes.h describes.
+enum class KvDtype { F16, Int8, Int4 };
+inline int kv_bits(KvDtype dtype) { return dtype == KvDtype::F16 ? 16 : dtype == KvDtype::Int8 ? 8 : 4; }
+
 // Rows quantised to int8 in blocks of 32: x = scale * value, value in -127 … 127.
 struct QuantisedRow {
   int8_t* values;  // [inputs]
@@ -43,11 +47,15 @@ constexpr int kTileGroups = kTileTokens / kGroupTokens;
 constexpr int kMostQueries = 32;
 constexpr int kMostHeadDim = 512;
 
-// K and V of one KV head for up to kTileTokens consecutive positions, wherever their blocks are.
+// K and V of one KV head for up to kTileTokens consecutive positions, wherever their blocks are. Sixteen bits are an f16, or two
+// or four codes of neighbouring dimensions; `units` of them are a token's key or value.
 struct KeyTile {
-  const uint16_t* keys[kTileGroups];  // f16 [head_dim, key_stride], the first 16 of a row being this group's
+  KvDtype dtype;
+  // [units, key_stride], the first 16 of a row being this group's; of codes two rows more: f16 scales and zeros
+  const uint16_t* keys[kTileGroups];
   size_t key_stride;
-  const uint16_t* values[kTileTokens];  // f16 [head_dim padded to 16]
+  const uint16_t* values[kTileTokens];          // [units], of f16 padded to 16 with zeros
+  const uint16_t* value_scales[kTileGroups];  // of codes: f16 [scale | zero, key_stride]
 };
 
 // Softmax-weighted sum of values of one query row over the tiles so far.
@@ -59,11 +67,12 @@ struct QueryRow {
   float* total;        // [head_dim padded to 16] sum of exp(score - max) * value; starts at 0
 };
 
-// Scratch that `attend` needs, in floats.
-constexpr size_t kAttendScratch = size_t{8} * (kTileTokens + kMostHeadDim);
+// Scratch that `attend` needs, in floats: for some rows at once, and for a tile of codes spread out to 16 bits each.
+constexpr size_t kAttendScratch =
+    size_t{8} * (kTileTokens + kMostHeadDim) + size_t{kMostQueries} * kTileTokens / 2 + size_t{kTileTokens} * kMostHeadDim / 2;
 
-// An f16 in a message, which may begin at any byte.
-typedef uint16_t WireHalf __attribute__((aligned(1), may_alias));
+// Sixteen bits of a message, which may begin at any byte.
+typedef uint16_t WireUnit __attribute__((aligned(1), may_alias));
 
 struct Kernels {
   InstructionSet isa;
@@ -81,6 +90,9 @@ struct Kernels {
 
   void (*quantise)(const float* x, int length, QuantisedRow row);
 
+  // A key or a value to codes of 8 or 4 bits, as kv_codes.h says; `codes` holds length * bits / 8 bytes.
+  void (*encode)(const float* x, int length, int bits, uint8_t* codes, uint16_t* scale, uint16_t* zero);
+
   // out[row, 16 * panel + o] = sum over inputs, for panels first … last-1. `scratch` holds linear_scratch(matrix) bytes.
   void (*linear)(const Matrix& matrix, int first, int last, const LinearInput& input, float* out, size_t out_stride,
                  uint8_t* scratch);
@@ -93,7 +105,7 @@ struct Kernels {
   void (*merge)(QueryRow& row, const QueryRow& tile, int head_dim);
 
   // to[column, row] = from[row, column]; strides in elements.
-  void (*transpose)(const WireHalf* from, size_t from_stride, int rows, int columns, WireHalf* to, size_t to_stride);
+  void (*transpose)(const WireUnit* from, size_t from_stride, int rows, int columns, WireUnit* to, size_t to_stride);
 };
 
 // Room for one panel with its levels spread out to bytes and its scales to floats.
@@ -111,5 +123,6 @@ InstructionSet best_instruction_set();
 // The best table that is at most `ceiling`.
 const Kernels& select_kernels(InstructionSet ceiling);
 const char* instruction_set_name(InstructionSet isa);
+const char* kv_dtype_name(KvDtype dtype);
 
 }  // namespace penstock

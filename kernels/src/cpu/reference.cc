@@ -4,10 +4,12 @@
 // (element i in lane i mod 16) that a fixed tree adds up. Nothing depends on how many rows or panels a call is given.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "../fixed_math.h"
 #include "kernels.h"
+#include "kv_codes.h"
 
 namespace penstock {
 
@@ -60,6 +62,28 @@ void quantise(const float* x, int length, QuantisedRow row) {
     row.scales[b] = scale;
     row.offsets[b] = scale * static_cast<float>(sums[0] + sums[1]);
     for (int h = 0; h < 2; ++h) row.sums[2 * b + h] = static_cast<int16_t>(sums[h]);
+  }
+}
+
+void encode(const float* x, int length, int bits, uint8_t* codes, uint16_t* scale, uint16_t* zero) {
+  const int levels = (1 << bits) - 1;
+  float least = std::numeric_limits<float>::infinity();
+  float most = -least;
+  bool finite = true;
+  for (int d = 0; d < length; ++d) {
+    least = x[d] < least ? x[d] : least;
+    most = x[d] > most ? x[d] : most;
+    finite = finite && std::fabs(x[d]) <= std::numeric_limits<float>::max();
+  }
+  const CodeScale to = code_scale(least, most, finite, levels);
+  *scale = to.scale;
+  *zero = to.zero;
+  const int bytes = length * bits / 8;
+  std::memset(codes, 0, bytes);
+  if (to.scale == kHalfNan) return;
+  for (int d = 0; d < length; ++d) {
+    const int code = round_to_int((x[d] - to.offset) * to.inverse);
+    codes[d % bytes] |= static_cast<uint8_t>((code < 0 ? 0 : code > levels ? levels : code) << (d / bytes * bits));
   }
 }
 
@@ -120,23 +144,30 @@ void merge(QueryRow& row, const QueryRow& tile, int head_dim) {
   row.max = max;
 }
 
-// A tile by itself, then merged into what came before. Scores: one chain of fma over the dimensions. Weights exp(score -
-// tile's max) are summed in 16 lanes (position mod 16); values are added up by one chain over positions.
-void attend_row(const KeyTile& tile, QueryRow& row, int head_dim, float* scores) {
+// Scores become weights exp(score - max), which are summed in 16 lanes (position mod 16).
+void weigh(float* scores, int visible, float* max_out, float* sum_out) {
   float max = -std::numeric_limits<float>::infinity();
+  for (int t = 0; t < visible; ++t) max = scores[t] > max ? scores[t] : max;
+  float lanes[16] = {};
+  for (int t = 0; t < visible; ++t) {
+    scores[t] = fixed_exp(scores[t] - max);
+    lanes[t % 16] += scores[t];
+  }
+  *max_out = max;
+  *sum_out = tree_sum16(lanes);
+}
+
+// A tile by itself, then merged into what came before. Scores: one chain of fma over the dimensions; values are added up by one
+// chain over positions.
+void attend_row(const KeyTile& tile, QueryRow& row, int head_dim, float* scores) {
   for (int t = 0; t < row.visible; ++t) {
     const uint16_t* keys = tile.keys[t / kGroupTokens] + t % kGroupTokens;
     float score = 0.0f;
     for (int d = 0; d < head_dim; ++d) score = std::fma(row.query[d], float_of_half(keys[d * tile.key_stride]), score);
     scores[t] = score;
-    max = score > max ? score : max;
   }
-  float lanes[16] = {};
-  for (int t = 0; t < row.visible; ++t) {
-    scores[t] = fixed_exp(scores[t] - max);
-    lanes[t % 16] += scores[t];
-  }
-  const float sum = tree_sum16(lanes);
+  float max, sum;
+  weigh(scores, row.visible, &max, &sum);
 
   float totals[kMostHeadDim];
   for (int d = 0; d < head_dim; ++d) {
@@ -146,15 +177,78 @@ void attend_row(const KeyTile& tile, QueryRow& row, int head_dim, float* scores)
   merge(row, {nullptr, 0, max, sum, totals}, head_dim);
 }
 
+// Integers of at most `levels` for some values.
+Step to_integers(const float* values, int length, int levels, int16_t* integers) {
+  uint32_t greatest = 0;  // as in `quantise`, so that a NaN is greatest
+  for (int i = 0; i < length; ++i) {
+    const uint32_t magnitude = bits_of(values[i]) & 0x7fffffffu;
+    if (magnitude > greatest) greatest = magnitude;
+  }
+  const Step step = step_of(greatest, levels);
+  for (int i = 0; i < length; ++i) integers[i] = static_cast<int16_t>(round_to_int(values[i] * step.inverse));
+  return step;
+}
+
+// Dimension d of a token's codes, which lie in units of 16 bits, `stride` apart.
+int code_at(const uint16_t* units, size_t stride, int d, int head_dim, int bits) {
+  const int bytes = head_dim * bits / 8;
+  const int byte = d % bytes;
+  return units[byte / 2 * stride] >> (8 * (byte % 2) + d / bytes * bits) & ((1 << bits) - 1);
+}
+
+// The same of codes: see kv_codes.h.
+void attend_coded_row(const KeyTile& tile, QueryRow& row, int head_dim, float* scores) {
+  const int bits = kv_bits(tile.dtype);
+  const size_t units = head_dim * bits / 16;
+  int16_t query[kMostHeadDim];
+  const Step query_step = to_integers(row.query, head_dim, kQueryLevels, query);
+  int32_t query_sum = 0;
+  for (int d = 0; d < head_dim; ++d) query_sum += query[d];
+
+  for (int t = 0; t < row.visible; ++t) {
+    const uint16_t* keys = tile.keys[t / kGroupTokens] + t % kGroupTokens;
+    int32_t dot = 0;
+    for (int d = 0; d < head_dim; ++d) dot += query[d] * code_at(keys, tile.key_stride, d, head_dim, bits);
+    const float scale = float_of_half(keys[units * tile.key_stride]);
+    const float zero = float_of_half(keys[(units + 1) * tile.key_stride]);
+    scores[t] =
+        std::fma(static_cast<float>(dot), scale * query_step.scale, zero * (query_step.scale * static_cast<float>(query_sum)));
+  }
+  float max, sum;
+  weigh(scores, row.visible, &max, &sum);
+
+  float lanes[16] = {};  // of weight * zero
+  for (int t = 0; t < row.visible; ++t) {
+    const uint16_t* scales = tile.value_scales[t / kGroupTokens] + t % kGroupTokens;
+    lanes[t % 16] = std::fma(scores[t], float_of_half(scales[tile.key_stride]), lanes[t % 16]);
+    scores[t] *= float_of_half(scales[0]);
+  }
+  const float offset = tree_sum16(lanes);
+  int16_t weights[kTileTokens];
+  const Step step = to_integers(scores, row.visible, kWeightLevels, weights);
+  float totals[kMostHeadDim];
+  for (int d = 0; d < head_dim; ++d) {
+    int32_t total = 0;
+    for (int t = 0; t < row.visible; ++t) total += weights[t] * code_at(tile.values[t], 1, d, head_dim, bits);
+    totals[d] = std::fma(static_cast<float>(total), step.scale, offset);
+  }
+  merge(row, {nullptr, 0, max, sum, totals}, head_dim);
+}
+
 void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float* scratch) {
   for (int i = 0; i < count; ++i) {
-    if (rows[i].visible > 0) attend_row(tile, rows[i], head_dim, scratch);
+    if (rows[i].visible == 0) continue;
+    if (tile.dtype == KvDtype::F16) {
+      attend_row(tile, rows[i], head_dim, scratch);
+    } else {
+      attend_coded_row(tile, rows[i], head_dim, scratch);
+    }
   }
 }
 
 // ---- transfer ----
 
-void transpose(const WireHalf* from, size_t from_stride, int rows, int columns, WireHalf* to, size_t to_stride) {
+void transpose(const WireUnit* from, size_t from_stride, int rows, int columns, WireUnit* to, size_t to_stride) {
   for (int column = 0; column < columns; ++column) {
     for (int row = 0; row < rows; ++row) to[column * to_stride + row] = from[row * from_stride + column];
   }
@@ -163,6 +257,6 @@ void transpose(const WireHalf* from, size_t from_stride, int rows, int columns, 
 }  // namespace
 
 const Kernels kReferenceKernels = {InstructionSet::Reference, rms_norm, swiglu, rotate, to_half,
-                                   quantise,                  linear,   attend, merge,  transpose};
+                                   quantise,                  encode,   linear, attend, merge,  transpose};
 
 }  // namespace penstock

@@ -23,4 +23,6 @@ const char* instruction_set_name(InstructionSet isa) {
   return "reference";
 }
 
+const char* kv_dtype_name(KvDtype dtype) { return dtype == KvDtype::F16 ? "f16" : dtype == KvDtype::Int8 ? "int8" : "int4"; }
+
 }  // namespace penstock

@@ -1,8 +1,8 @@
 /**
  * `bench kernels`: whole forwards of the native engine, attention and sampling included, and beside it another runtime on the
  * same file. Every runtime has a process of its own; runs are short and strictly alternate, so that what disturbs the machine
- * disturbs all of them alike, and figures are medians. A ratio is the median over pairs of runs that followed each other; above 1
- * Penstock is the faster one.
+ * disturbs all of them alike. Of the rounds, the half counts in which other programs took least of the cores; figures are medians.
+ * A ratio is the median over runs of one round; above 1 Penstock is the faster one.
  */
 import { execFile } from "node:child_process"
 import { mkdtempSync, readFileSync, rmSync } from "node:fs"
@@ -16,6 +16,7 @@ import { bestInstructionSet, instructionSets, readGguf, type Gguf } from "../../
 import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
 import { Tokenizer } from "../../actors/request/tokenizer.ts"
 import { median, rounded, table } from "./figures.ts"
+import { besideOthers } from "./others.ts"
 import { contextTokens, firstPromptTokens, longestPrompt, type KernelsOrder, type KernelsReport, type OpenOptions } from "./kernels-order.ts"
 import { openVino } from "./openvino.ts"
 import { BenchError, peerProcess, type Peer } from "./peer.ts"
@@ -41,8 +42,8 @@ type RateName = Workload["name"]
 
 export type Rates = Record<RateName, number>
 export interface RuntimeFigures extends Rates {
-  /** Of the fastest run instead of the median: on a machine that others use, what comes closest to one that they do not. */
-  readonly best: Rates
+  /** Of the fastest of these runs instead of the median. */
+  readonly fastest: Rates
   /** In a fresh process: from before the model is loaded, its library being there, until a token is drawn after a prompt of 16. */
   readonly loadToFirstTokenMs: number
   /** Of the text; undefined where the runtime does not tell. */
@@ -61,8 +62,8 @@ export interface KernelsFigures extends RuntimeFigures {
   readonly machine: string
   readonly isa: string
   readonly threads: number
-  /** Of the cores' time, while none of the runtimes had anything to do: what others took. Above a few hundredths, measure again. */
-  readonly othersShare: number
+  /** Of the cores' time during the runs that count: what other programs took. */
+  readonly othersShare: Rates
   readonly contextTokens: number
   readonly perplexityTokens: number
   readonly peakGmacPerS: number
@@ -75,8 +76,11 @@ export interface KernelsFigures extends RuntimeFigures {
 
 /** A workload alternates for this long, within these bounds on its rounds. */
 const budgetMs = 12_000
-const mostRounds = 9
-const leastRounds = 3
+const mostRounds = 14
+const leastRounds = 4
+const leastCounted = 3
+/** Above this, what is measured says more about other programs. */
+const mostOthersShare = 0.1
 /** Rounds of fresh processes. */
 const loads = 3
 /** For threads that look out for work a while before they sleep. */
@@ -112,51 +116,39 @@ const open = (contestant: Contestant, vocabulary: number): Effect.Effect<{ reado
     Effect.map(attempt(() => process.ask({ type: "open", open: contestant.options, prompt: distinctTokens(firstPromptTokens, vocabulary, 1) })), (tookMs) => ({ process, tookMs: tookMs as number })),
   )
 
-const busyMs = (): { readonly busy: number; readonly all: number } => {
-  const sums = cpus().map(({ times }) => ({ busy: times.user + times.nice + times.sys + times.irq, all: times.user + times.nice + times.sys + times.irq + times.idle }))
-  return { busy: sums.reduce((sum, { busy }) => sum + busy, 0), all: sums.reduce((sum, { all }) => sum + all, 0) }
-}
-
-/** Pauses between runs, and what the cores do meanwhile, which is others' work. */
-class Rests {
-  #busyMs = 0
-  #allMs = 0
-
-  async take(): Promise<void> {
-    const before = busyMs()
-    await new Promise((resolve) => setTimeout(resolve, restMs))
-    const after = busyMs()
-    this.#busyMs += after.busy - before.busy
-    this.#allMs += after.all - before.all
-  }
-
-  get othersShare(): number {
-    return rounded(this.#busyMs / Math.max(1, this.#allMs))
-  }
-}
+const rest = (): Promise<void> => new Promise((resolve) => setTimeout(resolve, restMs))
 
 /** Who is first takes turns. */
 const inTurn = <A>(all: ReadonlyArray<A>, round: number): ReadonlyArray<readonly [number, A]> => all.map((_, i) => [(i + round) % all.length, all[(i + round) % all.length]!] as const)
 
-/** Rates of one workload by contestant and round, in tokens a second. */
-const alternate = async (workload: Workload, processes: ReadonlyArray<Process>, vocabulary: number, rests: Rests): Promise<ReadonlyArray<ReadonlyArray<number>>> => {
-  const rates: ReadonlyArray<Array<number>> = processes.map(() => [])
+/** One run of every contestant: tokens a second, and the most that others took of the cores during one of them. */
+interface Round {
+  readonly rates: ReadonlyArray<number>
+  readonly othersShare: number
+}
+
+/** The rounds of one workload that count: the half in which other programs were least busy. */
+const alternate = async (workload: Workload, processes: ReadonlyArray<Process>, vocabulary: number): Promise<ReadonlyArray<Round>> => {
+  const rounds: Array<Round> = []
   const context = distinctTokens(contextTokens, vocabulary, 2)
   let startedAtMs = performance.now()
-  for (let round = -1; round < mostRounds; round++) {
-    if (round >= leastRounds && performance.now() - startedAtMs > budgetMs) break
-    for (const [i, process] of inTurn(processes, Math.max(0, round))) {
+  for (let number = -1; number < mostRounds; number++) {
+    if (number >= leastRounds && performance.now() - startedAtMs > budgetMs) break
+    const rates: Array<number> = []
+    let mostShare = 0
+    for (const [i, process] of inTurn(processes, Math.max(0, number))) {
       const order: KernelsOrder = "prompt" in workload
-        ? { type: "prefill", prompt: distinctTokens(workload.prompt, vocabulary, 3 + round * processes.length + i) }
+        ? { type: "prefill", prompt: distinctTokens(workload.prompt, vocabulary, 3 + number * processes.length + i) }
         : { type: "decode", context, sequences: workload.sequences, steps: workload.steps }
-      const tookMs = (await process.ask(order)) as number
-      const tokens = "prompt" in workload ? workload.prompt : workload.sequences * workload.steps
-      if (round >= 0) rates[i]!.push((tokens * 1000) / tookMs)
-      await rests.take()
+      const { value: tookMs, othersShare } = await besideOthers(process.pid, () => process.ask(order))
+      rates[i] = (("prompt" in workload ? workload.prompt : workload.sequences * workload.steps) * 1000) / (tookMs as number)
+      mostShare = Math.max(mostShare, othersShare ?? 0)
+      await rest()
     }
-    if (round < 0) startedAtMs = performance.now() // caches and contexts are warm
+    if (number >= 0) rounds.push({ rates, othersShare: mostShare })
+    else startedAtMs = performance.now() // caches and contexts are warm
   }
-  return rates
+  return rounds.toSorted((a, b) => a.othersShare - b.othersShare).slice(0, Math.max(leastCounted, Math.ceil(rounds.length / 2)))
 }
 
 const peaks = async (threads: number, isa: string): Promise<{ readonly peakGmacPerS: number; readonly peakReadGbPerS: number }> => {
@@ -251,9 +243,8 @@ export const kernelsFigures = (model: ResolvedModel, options: KernelsOptions): E
     yield* Effect.addFinalizer(() => Scope.close(scope, Exit.void))
     const processes: Array<Process> = []
     for (const contestant of contestants) processes.push((yield* Scope.provide(open(contestant, vocabulary), scope)).process)
-    const rests = new Rests()
-    const rates = new Map<RateName, ReadonlyArray<ReadonlyArray<number>>>()
-    for (const workload of workloads) rates.set(workload.name, yield* attempt(() => alternate(workload, processes, vocabulary, rests)))
+    const rounds = new Map<RateName, ReadonlyArray<Round>>()
+    for (const workload of workloads) rounds.set(workload.name, yield* attempt(() => alternate(workload, processes, vocabulary)))
     const perplexities: Array<number | undefined> = []
     for (const [i, { scores }] of contestants.entries()) {
       perplexities.push(scores ? perplexity((yield* attempt(() => processes[i]!.ask({ type: "score", tokens }))) as ReadonlyArray<number>) : undefined)
@@ -261,15 +252,16 @@ export const kernelsFigures = (model: ResolvedModel, options: KernelsOptions): E
     yield* Scope.close(scope, Exit.void)
     measuredPeaks.push(yield* attempt(() => peaks(threads, isa)))
 
-    const figuresOf = (i: number): RuntimeFigures => ({ ...ratesOf(({ name }) => median(rates.get(name)![i]!)), best: ratesOf(({ name }) => Math.max(...rates.get(name)![i]!)), loadToFirstTokenMs: rounded(median(tookMs[i]!)), perplexity: perplexities[i] })
+    const ratesAt = (name: RateName, i: number): ReadonlyArray<number> => rounds.get(name)!.map(({ rates }) => rates[i]!)
+    const figuresOf = (i: number): RuntimeFigures => ({ ...ratesOf(({ name }) => median(ratesAt(name, i))), fastest: ratesOf(({ name }) => Math.max(...ratesAt(name, i))), loadToFirstTokenMs: rounded(median(tookMs[i]!)), perplexity: perplexities[i] })
     const ratioTo = (i: number): Compared["ratio"] => ({
-      ...ratesOf(({ name }) => median(rates.get(name)![0]!.map((rate, round) => rate / rates.get(name)![i]![round]!))),
+      ...ratesOf(({ name }) => median(ratesAt(name, 0).map((rate, round) => rate / ratesAt(name, i)[round]!))),
       loadToFirstTokenMs: rounded(median(tookMs[0]!.map((ours, round) => tookMs[i]![round]! / ours))),
     })
     const peak = { peakGmacPerS: Math.max(...measuredPeaks.map(({ peakGmacPerS }) => peakGmacPerS)), peakReadGbPerS: Math.max(...measuredPeaks.map(({ peakReadGbPerS }) => peakReadGbPerS)) }
     const ours = figuresOf(0)
     return {
-      model: model.name, machine: `${cpus()[0]?.model.trim() ?? "unknown"}, ${availableParallelism()} cores`, isa, threads, othersShare: rests.othersShare, contextTokens,
+      model: model.name, machine: `${cpus()[0]?.model.trim() ?? "unknown"}, ${availableParallelism()} cores`, isa, threads, othersShare: ratesOf(({ name }) => median(rounds.get(name)!.map(({ othersShare }) => othersShare))), contextTokens,
       ...ours, perplexityTokens: tokens.length - 1, ...peak, ...shares(gguf, ours, peak),
       peers: contestants.slice(1).map(({ name }, i) => ({ runtime: name, figures: figuresOf(i + 1), ratio: ratioTo(i + 1) })),
     }
@@ -286,16 +278,17 @@ export const kernelsTable = (figures: KernelsFigures): string => {
   const percent = (share: number): string => `${(share * 100).toFixed(1)} %`
   const row = (says: string, unit: string, value: (from: RuntimeFigures) => number | undefined, ratio: ((from: Compared["ratio"]) => number) | undefined, ...ends: ReadonlyArray<string>) => {
     const cell = (from: RuntimeFigures): string => (value(from) === undefined ? "" : `${value(from)}${unit}`)
-    return [says, cell(figures), ...figures.peers.flatMap((peer) => [cell(peer.figures), ratio === undefined ? "" : String(ratio(peer.ratio))]), ...(ends.length === 0 ? ["", ""] : ends)]
+    return [says, cell(figures), ...figures.peers.flatMap((peer) => [cell(peer.figures), ratio === undefined ? "" : String(ratio(peer.ratio))]), ...(ends.length === 0 ? ["", "", ""] : ends)]
   }
   return [
     `${figures.model}, ${figures.machine}, ${figures.isa}, ${figures.threads} threads; decode at a context of ${figures.contextTokens} tokens a sequence`,
-    `peaks measured: ${figures.peakGmacPerS} G MAC/s, ${figures.peakReadGbPerS} GB/s read; others' share of the cores: ${percent(figures.othersShare)}`,
+    `peaks measured: ${figures.peakGmacPerS} G MAC/s, ${figures.peakReadGbPerS} GB/s read`,
     table([
-      ["tokens a second", "Penstock", ...figures.peers.flatMap(({ runtime }) => [runtime, "ratio"]), "MAC share", "read share"],
-      ...workloads.map(({ name, says }) => row(says, "", (from) => from[name], (from) => from[name], percent(figures.macShare[name]), percent(figures.bandwidthShare[name]))),
+      ["tokens a second", "Penstock", ...figures.peers.flatMap(({ runtime }) => [runtime, "ratio"]), "MAC share", "read share", "others"],
+      ...workloads.map(({ name, says }) => row(says, "", (from) => from[name], (from) => from[name], percent(figures.macShare[name]), percent(figures.bandwidthShare[name]), percent(figures.othersShare[name]))),
       row("load to first token", " ms", (from) => from.loadToFirstTokenMs, (from) => from.loadToFirstTokenMs),
       row(`perplexity, ${figures.perplexityTokens} tokens`, "", (from) => from.perplexity, undefined),
     ]),
+    ...(Math.max(...Object.values(figures.othersShare)) > mostOthersShare ? ["Other programs were busy meanwhile: measure again."] : []),
   ].join("\n")
 }

@@ -33,6 +33,7 @@ export const openVino = (python: string = defaultPython): Effect.Effect<Peer<Ker
     )
     const lines = createInterface({ input: child.stdout })
     return {
+      pid: child.pid,
       ask: (order) =>
         new Promise<KernelsReport>((resolve, reject) => {
           const gone = () => reject(new BenchError("OpenVINO's process ended"))

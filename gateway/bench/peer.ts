@@ -10,6 +10,7 @@ import { programArguments } from "../../actors/node/component-process.ts"
 export type Report<R> = { readonly type: "done"; readonly value: R } | { readonly type: "failed"; readonly message: string }
 
 export interface Peer<Order, R> {
+  readonly pid: number | undefined
   /** Resolves with what the other process reports of this order. One at a time. */
   ask(order: Order): Promise<R>
 }
@@ -32,6 +33,7 @@ export const peerProcess = <Order extends object, R>(program: string): Effect.Ef
         }),
     ),
     (child) => ({
+      pid: child.pid,
       ask: (order) =>
         new Promise<R>((resolve, reject) => {
           const gone = () => reject(new BenchError("the other process of the bench ended"))

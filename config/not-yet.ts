@@ -21,10 +21,7 @@ const rules: ReadonlyArray<Rule> = [
   ({ scheduler }) => one(scheduler.admission !== "none", ["scheduler", "admission"], "none"),
   ({ scheduler }) => one(scheduler.objectives !== undefined, ["scheduler", "objectives"], "no objectives key"),
   eachWorker((worker, at) => one(worker.device !== "cpu", [...at, "device"], "cpu")),
-  eachWorker((worker, at) => one(worker.kv.dtype !== "f16", [...at, "kv", "dtype"], "f16")),
-  ({ kvStore }) => one(kvStore.replicas > 1, ["kvStore", "replicas"], "1"),
-  ({ kvStore }) => one(kvStore.disk !== undefined, ["kvStore", "disk"], "no disk key"),
-  ({ kvStore }) => one(kvStore.eviction !== "lru", ["kvStore", "eviction"], "lru")
+  eachWorker((worker, at) => one(worker.kv.dtype !== "f16", [...at, "kv", "dtype"], "f16"))
 ]
 
 /** Everything in this topology that would silently do nothing if it were let through. */

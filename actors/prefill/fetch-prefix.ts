@@ -10,7 +10,7 @@ import type { Buses } from "../runtime/bus.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
 import { messageAttributes } from "../runtime/trace-context.ts"
-import { packHashes } from "../messages/hashes.ts"
+import { packHashes, type BlockHash } from "../messages/hashes.ts"
 import { Get, Have } from "../messages/kv-store.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 import type { Worker } from "../engine/worker.ts"
@@ -26,34 +26,61 @@ export interface FetchPrefixOptions {
   readonly id: string
 }
 
+interface Run {
+  /** Id of the store that has them. */
+  readonly store: string
+  /** Place of the first among what is missing. */
+  readonly first: number
+  readonly hashes: Array<BlockHash>
+}
+
+const runsOf = (hashes: ReadonlyArray<BlockHash>, at: ReadonlyArray<string> | undefined): ReadonlyArray<Run> => {
+  const runs: Array<Run> = []
+  hashes.forEach((hash, i) => {
+    const store = at?.[i] ?? anyId
+    const last = runs.at(-1)
+    if (last?.store === store) last.hashes.push(hash)
+    else runs.push({ store, first: i, hashes: [hash] })
+  })
+  return runs.slice(0, limits.storeRuns)
+}
+
 /** Returns the number of blocks fetched. */
-export const fetchPrefix = ({ link, buses, cluster, worker, id }: FetchPrefixOptions): Effect.Effect<number> =>
+export const fetchPrefix = ({ link, buses, cluster, worker, id: ofGeneration }: FetchPrefixOptions): Effect.Effect<number> =>
   Effect.suspend(() => {
     const { engine, formatId, kv } = worker
-    const { from, hashes } = engine.missingBlocks(id)
+    const { from, hashes } = engine.missingBlocks(ofGeneration)
     if (hashes.length === 0) return Effect.succeed(0)
-    const store = (verb: string) => subject(cluster, "kv-store", anyId, verb)
+    const store = (id: string, verb: string) => subject(cluster, "kv-store", id, verb)
     const hop = { hop: "kv-store", deadlineMs: limits.storeDeadlineMs }
+    /** Blocks of one store that follow each other come in one transfer. */
+    const fetchRun = ({ store: id, first, hashes }: Run) =>
+      Effect.gen(function* () {
+        const transferId = randomUUID().replaceAll("-", "")
+        const firstBlock = from + first
+        const receiver = yield* Effect.acquireRelease(
+          Effect.sync(() => new TransferReceiver({ ...buses, cluster, transferId, sink: poolSink(worker, ofGeneration), firstBlock, blocks: hashes.length, creditBytes: limits.kvWindowBytes, hop: "kv-store" })),
+          (opened) => Effect.sync(() => opened.fail(new Fault({ code: "cancelled", message: `${link.sender}: the prefix is not wanted any more`, hop: link.sender }))),
+        )
+        const asked = { formatId, hashes: packHashes(hashes), layout: kv, transferId, firstBlock, creditBytes: limits.kvWindowBytes }
+        const { sent } = yield* link.ask(Get, store(id, Get.verb), asked, hop)
+        if (!sent) return false
+        yield* Effect.tryPromise({ try: () => receiver.done, catch: (error) => Fault.from(error, "kv-store") })
+        return true
+      }).pipe(Effect.orElseSucceed(() => false))
     return Effect.gen(function* () {
-      const { present } = yield* link.ask(Have, store(Have.verb), { formatId, hashes: packHashes(hashes) }, hop)
+      const { present, at } = yield* link.ask(Have, store(anyId, Have.verb), { formatId, hashes: packHashes(hashes), toFetch: true }, hop)
       const leading = present.findIndex((here) => !here)
-      const found = hashes.slice(0, leading < 0 ? present.length : leading)
-      if (found.length === 0) return 0
-      const transferId = randomUUID().replaceAll("-", "")
-      const receiver = yield* Effect.acquireRelease(
-        Effect.sync(() => new TransferReceiver({ ...buses, cluster, transferId, sink: poolSink(worker, id), firstBlock: from, blocks: found.length, creditBytes: limits.kvWindowBytes, hop: "kv-store" })),
-        (opened) => Effect.sync(() => opened.fail(new Fault({ code: "cancelled", message: `${link.sender}: the prefix is not wanted any more`, hop: link.sender }))),
-      )
-      const asked = { formatId, hashes: packHashes(found), layout: kv, transferId, firstBlock: from, creditBytes: limits.kvWindowBytes }
-      const { sent } = yield* link.ask(Get, store(Get.verb), asked, hop)
-      if (!sent) return 0
-      yield* Effect.tryPromise({ try: () => receiver.done, catch: (error) => Fault.from(error, "kv-store") })
-      return engine.acceptPrefix(id, from, found.length) ? found.length : 0
+      const runs = runsOf(hashes.slice(0, leading < 0 ? present.length : leading), at)
+      const came = yield* Effect.forEach(runs, fetchRun, { concurrency: "unbounded" })
+      const lost = came.indexOf(false)
+      const found = runs.slice(0, lost < 0 ? runs.length : lost).reduce((sum, run) => sum + run.hashes.length, 0)
+      return found > 0 && engine.acceptPrefix(ofGeneration, from, found) ? found : 0
     }).pipe(
       Effect.scoped,
       Effect.timeout(limits.storeDeadlineMs),
       Effect.catch(() => Effect.succeed(0)),
       Effect.tap((fetched) => Effect.annotateCurrentSpan(attributes.movedBlocks, fetched)),
-      Effect.withSpan(spans.kvStoreGet, { kind: "client", attributes: { ...messageAttributes(link, store(Get.verb)), [attributes.wantedBlocks]: hashes.length } }),
+      Effect.withSpan(spans.kvStoreGet, { kind: "client", attributes: { ...messageAttributes(link, store(anyId, Get.verb)), [attributes.wantedBlocks]: hashes.length } }),
     )
   })

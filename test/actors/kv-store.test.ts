@@ -4,16 +4,15 @@ import { mkdtempSync, rmSync } from "node:fs"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { Effect } from "effect"
-import fc from "fast-check"
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest"
 import { readEnv } from "../../config/env.ts"
 import { limits } from "../../config/limits.ts"
 import { loadTopology } from "../../config/load-topology.ts"
+import type { Topology } from "../../config/topology.ts"
 import { chainHashes, hashRoot } from "../../actors/engine/block-hash.ts"
 import { Engine } from "../../actors/engine/engine.ts"
 import type { KvLayout } from "../../actors/engine/worker.ts"
 import { bufferSink, bufferSource } from "../../actors/kv-store/block-buffers.ts"
-import { BlockCache } from "../../actors/kv-store/block-cache.ts"
 import { kvStoreActor } from "../../actors/kv-store/kv-store.ts"
 import { packHashes } from "../../actors/messages/hashes.ts"
 import { Get, Have, Put } from "../../actors/messages/kv-store.ts"
@@ -38,58 +37,6 @@ const upTo = (count: number): Array<number> => Array.from({ length: count }, (_,
 /** The layout of FakeKernels' blocks of 4 tokens. */
 const kv = { dtype: "f16", blockTokens: 4, layers: 1, layerBlockBytes: 16 } as const
 const hash = (n: number): string => String(n).padStart(16, "h")
-
-describe("a block cache", () => {
-  it("keeps what was used last within its bytes, against a list as model", () => {
-    const operation = fc.oneof(
-      fc.record({ type: fc.constant("put" as const), key: fc.nat(6), bytes: fc.integer({ min: 0, max: 60 }) }),
-      fc.record({ type: fc.constantFrom("get" as const, "has" as const), key: fc.nat(6) }),
-    )
-    fc.assert(
-      fc.property(fc.array(operation, { maxLength: 80 }), (operations) => {
-        const cache = new BlockCache(100)
-        let model: Array<{ readonly key: string; readonly bytes: Uint8Array }> = [] // least recently used first
-        const touch = (key: string) => {
-          const found = model.find((entry) => entry.key === key)
-          if (found !== undefined) model = [...model.filter((entry) => entry !== found), found]
-          return found?.bytes
-        }
-        for (const operation of operations) {
-          const key = `k${operation.key}`
-          if (operation.type === "put") {
-            const bytes = new Uint8Array(operation.bytes)
-            expect(cache.put(key, bytes)).toBe(true)
-            if (touch(key) === undefined) model.push({ key, bytes })
-            while (model.reduce((sum, entry) => sum + entry.bytes.byteLength, 0) > 100) model.shift()
-          } else if (operation.type === "has") expect(cache.has(key)).toBe(model.some((entry) => entry.key === key))
-          else expect(cache.get(key)).toBe(touch(key))
-          expect(cache.size).toBe(model.length)
-          expect(cache.bytes).toBe(model.reduce((sum, entry) => sum + entry.bytes.byteLength, 0))
-        }
-      }),
-    )
-  })
-
-  it("makes room for what is coming before it comes, and for no more than there is", () => {
-    const cache = new BlockCache(10)
-    for (const key of ["a", "b"]) cache.put(key, new Uint8Array(5))
-    expect(cache.reserve(4)).toBe(true)
-    expect([cache.has("a"), cache.has("b"), cache.bytes]).toEqual([false, true, 5])
-    expect(cache.reserve(7)).toBe(false)
-    expect(cache.has("b")).toBe(true)
-    expect(cache.put("c", new Uint8Array(7))).toBe(false)
-    cache.release(4)
-    expect(cache.put("d", new Uint8Array(4))).toBe(true)
-    expect(cache.bytes).toBe(9)
-  })
-
-  it("refuses what is larger than all of it, and keeps what it has", () => {
-    const cache = new BlockCache(10)
-    cache.put("a", new Uint8Array(10))
-    expect(cache.put("b", new Uint8Array(11))).toBe(false)
-    expect([cache.has("a"), cache.has("b")]).toEqual([true, false])
-  })
-})
 
 describe("a KV store", () => {
   let bus: MemoryBus
@@ -153,12 +100,12 @@ describe("a KV store", () => {
   })
 
   it("forgets the blocks that were used least recently beyond its bytes", async () => {
-    for (const n of upTo(10)) await put(n, block(n, 100))
+    for (const n of upTo(9)) await put(n, block(n, 100))
     await get([0], "f", 100)
     expect(await put(0, block(99, 100))).toBe(false) // here already: only touched
-    await put(10, block(10, 100))
+    await put(9, block(9, 100)) // above the high watermark: down to the low one
     await put(11, block(11, 200), "large")
-    expect([await have(upTo(11)), await have([11], "large")]).toEqual([[true, false, false, false, ...upTo(7).map(() => true)], [true]])
+    expect([await have(upTo(10)), await have([11], "large")]).toEqual([[true, false, false, false, ...upTo(6).map(() => true)], [true]])
     expect(await get([0], "f", 100)).toEqual([0])
     expect(await put(12, block(12, 1001), "larger")).toBe(false)
   })
@@ -291,7 +238,7 @@ describe("a KV store", () => {
 
 describe("a conversation whose blocks have left the pool", () => {
   const prompt = "The water comes down the penstock and turns the wheel, and the wheel turns the stones that grind the corn. ".repeat(2)
-  const start = (kvStore: { readonly replicas?: number; readonly memory?: number }) =>
+  const start = (kvStore: Partial<Topology["kvStore"]>) =>
     Cluster.start({ change: (topology) => ({ ...topology, kvStore: { ...topology.kvStore, ...kvStore }, workers: topology.workers.map((worker) => ({ ...worker, threads: 1, kv: { ...worker.kv, blocks: 16 } })) }) })
   /** Asks, waits until its blocks are stored or cannot be, has others push it out of the pool, and asks again. */
   const twice = async (cluster: Cluster, isKept: boolean) => {
@@ -319,7 +266,7 @@ describe("a conversation whose blocks have left the pool", () => {
 
   it.each([
     ["without a store", { replicas: 0 }],
-    ["with a store that keeps nothing", { memory: 1 }],
+    ["with a store that keeps nothing", { memory: 1, disk: { path: "auto", size: 0 } }],
   ])("is computed again %s, with the same tokens and no error", async (_, kvStore) => {
     const cluster = await start(kvStore)
     const { first, second } = await twice(cluster, false)

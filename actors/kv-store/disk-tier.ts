@@ -106,6 +106,11 @@ export class DiskTier {
     this.#release()
   }
 
+  /** Whether blocks wait to be written. */
+  get isWriting(): boolean {
+    return this.#queue.length > 0
+  }
+
   get #isPaused(): boolean {
     return performance.now() < this.#pausedUntilMs
   }

@@ -42,6 +42,8 @@ export interface KvStoreOptions {
 export interface RunningStore {
   /** What an operator sees of its tiers now. */
   readonly figures: () => StorePresence
+  /** Whether blocks wait to be written to disk. */
+  readonly isWriting: () => boolean
 }
 
 type HaveMessage = BlocksMessage & { readonly toFetch?: boolean | undefined }
@@ -196,5 +198,5 @@ export const kvStoreActor = (options: KvStoreOptions): Effect.Effect<RunningStor
       onAsk(Pin, here(Pin.verb), (message) => Effect.sync(() => pinHere(message))),
       onAsk(Pin, anywhere(Pin.verb), pinAnywhere, waits),
     ])
-    return { figures: () => tiers.figures }
+    return { figures: () => tiers.figures, isWriting: () => tiers.disk?.isWriting === true }
   })

@@ -15,6 +15,7 @@ export interface Shelf {
   readonly free: Array<number>
   readonly keys: Array<string | undefined> // [slots]
   usedAtMs: number
+  /** Has been said. */
   damaged: boolean
 }
 
@@ -96,8 +97,9 @@ export class Shelves {
 
   async #take(file: SlotFile): Promise<void> {
     try {
-      const blocks = await file.scan()
-      const shelf: Shelf = { file, free: [], keys: blocks.map(() => undefined), usedAtMs: blocks.reduce((newest, block) => Math.max(newest, block?.writtenAtMs ?? 0), 0), damaged: false }
+      const { blocks, damaged } = await file.scan()
+      if (damaged > 0) this.#options.warn(`${file.path}: ${damaged === 1 ? "a block is skipped: it is" : `${damaged} blocks are skipped: they are`} damaged`)
+      const shelf: Shelf = { file, free: [], keys: blocks.map(() => undefined), usedAtMs: blocks.reduce((newest, block) => Math.max(newest, block?.writtenAtMs ?? 0), 0), damaged: damaged > 0 }
       this.#shelves.add(shelf)
       blocks.forEach((block, slot) => {
         if (block === undefined) this.vacate({ shelf, slot })

@@ -66,6 +66,8 @@ export class SlotFile {
   slots: number
   readonly #handle: FileHandle
   readonly #headCrc: number
+  /** It ends in the middle of a block: whoever wrote it was killed, or somebody cut it. */
+  readonly #cutOff: boolean
 
   private constructor(path: string, handle: FileHandle, head: Uint8Array, size: number) {
     const { formatId, layout } = decodeHead(JSON.parse(Buffer.from(head).toString("utf8")))
@@ -77,6 +79,7 @@ export class SlotFile {
     this.slotBytes = Math.ceil((recordBytes + this.blockBytes) / pageBytes) * pageBytes
     // The last slot ends with its block.
     this.slots = Math.max(0, Math.floor((size - pageBytes - recordBytes - this.blockBytes) / this.slotBytes) + 1)
+    this.#cutOff = size > pageBytes + this.slots * this.slotBytes
     this.#headCrc = crc32c(head, 0)
   }
 
@@ -117,16 +120,19 @@ export class SlotFile {
     }
   }
 
-  /** The block of each slot; undefined where it is empty, or its head cannot be believed. */
-  async scan(): Promise<ReadonlyArray<StoredBlock | undefined>> {
-    const found: Array<StoredBlock | undefined> = []
+  /** The block of each slot, undefined where there is none; and how many are there whose record cannot be believed. */
+  async scan(): Promise<{ readonly blocks: ReadonlyArray<StoredBlock | undefined>; readonly damaged: number }> {
+    const blocks: Array<StoredBlock | undefined> = []
+    let damaged = this.#cutOff ? 1 : 0
     const record = Buffer.alloc(recordBytes)
     for (let slot = 0; slot < this.slots; slot++) {
       if (slot % scanTurn === scanTurn - 1) await new Promise((resolve) => setImmediate(resolve))
-      const whole = readSync(this.#handle.fd, record, 0, recordBytes, this.#offset(slot)) === recordBytes && record.readUInt32LE(0) === magic && crc32c(record.subarray(0, 40), 0) === record.readUInt32LE(40)
-      found.push(whole ? { hash: record.toString("latin1", 8, 24), depth: record.readUInt32LE(4), writtenAtMs: Number(record.readBigUInt64LE(24)) } : undefined)
+      readSync(this.#handle.fd, record, 0, recordBytes, this.#offset(slot))
+      const whole = record.readUInt32LE(0) === magic && crc32c(record.subarray(0, 40), 0) === record.readUInt32LE(40)
+      if (!whole && record.some((byte) => byte !== 0)) damaged++
+      blocks.push(whole ? { hash: record.toString("latin1", 8, 24), depth: record.readUInt32LE(4), writtenAtMs: Number(record.readBigUInt64LE(24)) } : undefined)
     }
-    return found
+    return { blocks, damaged }
   }
 
   /** Writes a block; until it is whole, the slot is empty. */

@@ -277,6 +277,65 @@ describe("a conversation whose blocks have left the pool", () => {
   })
 })
 
+describe("a conversation that goes on after a restart", () => {
+  const prompt = "A mill stands at the river, and the river turns its wheel by day and by night, whoever sleeps and whoever wakes. ".repeat(2)
+  let folder: string
+  beforeEach(() => (folder = mkdtempSync(join(tmpdir(), "penstock-restart-"))))
+  afterEach(() => rmSync(folder, { recursive: true, force: true }))
+  const start = (kvStore: Partial<Topology["kvStore"]> = {}) =>
+    Cluster.start({ change: (topology) => ({ ...topology, kvStore: { ...topology.kvStore, disk: { path: folder, size: 2 ** 28 }, ...kvStore }, workers: topology.workers.map((worker) => ({ ...worker, threads: 1 })) }) })
+  /** Asks as this tenant, waits until all is stored, and stops. */
+  const once = async (asked: { readonly tenant?: string; readonly cacheSalt?: string }) => {
+    const cluster = await start()
+    const { worker } = cluster.node.workers.get("w0")!
+    const first = await cluster.generate({ prompt, ...asked })
+    const root = hashRoot({ modelDigest: "0".repeat(64), tenant: asked.tenant ?? "tests", cacheSalt: asked.cacheSalt })
+    const hashes = chainHashes(root, Int32Array.from(first.promptTokens), worker.engine.blockTokens)
+    const ask = cluster.link.ask(Have, subject("main", "kv-store", anyId, Have.verb), { formatId: worker.formatId, hashes: packHashes(hashes) }, { hop: "kv-store" })
+    while (!(await Effect.runPromise(ask)).present.every((here) => here));
+    await cluster.untilIdle()
+    await cluster.stop()
+    return first
+  }
+  const full = (tokens: ReadonlyArray<number>) => 16 * Math.floor((tokens.length - 1) / 16)
+
+  it("finds its blocks on disk: only the rest is computed, and the tokens are the same", async () => {
+    const first = await once({})
+    const cluster = await start()
+    const second = await cluster.generate({ prompt })
+    expect([first.usage.cachedTokens, second.usage.cachedTokens]).toEqual([0, full(first.promptTokens)])
+    expect(second.tokens).toEqual(first.tokens)
+    await cluster.stop()
+    const without = await start({ disk: { path: folder, size: 0 } })
+    const third = await without.generate({ prompt })
+    expect([third.usage.cachedTokens, third.tokens]).toEqual([0, first.tokens])
+    await without.stop()
+  })
+
+  it("never finds those of another tenant or another cache_salt", async () => {
+    const first = await once({ tenant: "alice", cacheSalt: "salt" })
+    const cluster = await start()
+    const cached = async (tenant: string, cacheSalt?: string) => {
+      const { usage, tokens } = await cluster.generate({ prompt, tenant, ...(cacheSalt === undefined ? {} : { cacheSalt }) })
+      expect(tokens).toEqual(first.tokens)
+      return usage.cachedTokens
+    }
+    expect([await cached("bob", "salt"), await cached("alice"), await cached("alice", "pepper")]).toEqual([0, 0, 0])
+    expect(await cached("alice", "salt")).toBe(full(first.promptTokens))
+    await cluster.stop()
+  })
+
+  it.each(["lru", "lfu", "length-aware"] as const)("gets the same tokens where the tiers are too small for it and give up blocks all the time (%s)", async (eviction) => {
+    const block = 16 * 2 * 4096 // more than the tiny model's
+    const cluster = await start({ eviction, memory: 4 * block, disk: { path: folder, size: 6 * block } })
+    const asked = upTo(6).map((i) => ({ prompt: upTo(100).map((token) => 3 + ((token * 7 + i) % 250)) }))
+    const alone = []
+    for (const request of asked) alone.push((await cluster.generate(request)).tokens)
+    expect((await Promise.all(asked.map((request) => cluster.generate(request)))).map(({ tokens }) => tokens)).toEqual(alone)
+    await cluster.stop()
+  })
+})
+
 it("a worker of both roles does not start where its blocks would not fit the bus to the store, and does without a bus to others", async () => {
   const folder = mkdtempSync(join(tmpdir(), "penstock-kv-store-"))
   const path = join(folder, "tiny.gguf")

@@ -130,6 +130,8 @@ export const limits = {
   storeMessageBlocks: 65_536,
   /** Bytes of blocks that wait to be written to disk; more are not, which costs a miss once they have left the memory. */
   storeDiskQueueBytes: 64 * 1024 * 1024,
+  /** Blocks that are read from disk at once: with the one that is written they leave a thread of the pool to the engine's steps. */
+  storeDiskReads: 2,
   /** A disk that cannot be used is tried again after this. */
   storeDiskRetryMs: 30_000,
   /** Longest wait of a KV store that starts for another process to leave its folder. */
@@ -209,6 +211,7 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.storeHighWatermark <= 1, "storeHighWatermark <= 1"],
   [limits.storePinShare < limits.storeLowWatermark, "storePinShare < storeLowWatermark"],
   [limits.storeFlushDeadlineMs + limits.busDrainDeadlineMs < limits.shutdownDeadlineMs, "storeFlushDeadlineMs + busDrainDeadlineMs < shutdownDeadlineMs"],
+  // A supervisor kills a process after half of it.
   [limits.storeFlushDeadlineMs * 2 < limits.shutdownDeadlineMs, "storeFlushDeadlineMs * 2 < shutdownDeadlineMs"],
   [limits.storePeerDeadlineMs * 2 < limits.storeDeadlineMs, "storePeerDeadlineMs * 2 < storeDeadlineMs"],
   [limits.streamWindowFrames <= limits.streamBacklogFrames, "streamWindowFrames <= streamBacklogFrames"],

@@ -1,6 +1,6 @@
 /**
- * Blocks on disk, in a folder that one process has for itself. They are written one at a time in the background and read one
- * at a time, both off the event loop. What goes wrong with the disk is said once and costs misses: what is read is checked,
+ * Blocks on disk, in a folder that one process has for itself. They are written one at a time in the background and read two
+ * at a time, all off the event loop. What goes wrong with the disk is said once and costs misses: what is read is checked,
  * and what cannot be written is not there.
  */
 import { chmodSync, mkdirSync } from "node:fs"
@@ -37,7 +37,8 @@ export class DiskTier {
   readonly #queue: Array<{ readonly block: DiskBlock; readonly done: () => void }> = [] // the first is being written
   #queuedBytes = 0
   #writing: Promise<void> = Promise.resolve()
-  #reading: Promise<unknown> = Promise.resolve()
+  readonly #lanes: Array<Promise<unknown>> = Array.from({ length: limits.storeDiskReads }, () => Promise.resolve())
+  #lane = 0
   #failed = false
   #pausedUntilMs = 0
 
@@ -89,8 +90,9 @@ export class DiskTier {
       if (found === undefined) this.#forget(key, value, why)
       return found
     }
-    const reading = this.#reading.then(read)
-    this.#reading = reading
+    this.#lane = (this.#lane + 1) % this.#lanes.length
+    const reading = this.#lanes[this.#lane]!.then(read)
+    this.#lanes[this.#lane] = reading
     return reading
   }
 
@@ -101,7 +103,7 @@ export class DiskTier {
     await Promise.race([this.#writing, late])
     clearTimeout(timer)
     for (const { done } of this.#queue.splice(0)) done()
-    await Promise.all([this.#writing, this.#reading]) // one block each at most
+    await Promise.all([this.#writing, ...this.#lanes])
     await this.#shelves.close()
     this.#release()
   }

@@ -131,8 +131,8 @@ export const kvStoreActor = (options: KvStoreOptions): Effect.Effect<RunningStor
         track(sender)
         sender.done.then(taken.release, taken.release)
         void (async () => {
-          for (let i = 0; i < hashes.length; i++) {
-            const block = await taken.block(i)
+          for (const [i, reading] of hashes.map((_, i) => taken.block(i)).entries()) {
+            const block = await reading
             if (block === undefined) return sender.fail(new Fault({ code: "unavailable", message: `${link.sender}: a block is damaged`, hop: link.sender }))
             blocks.push(block)
             sender.send({ firstLayer: 0, layers: layout.layers, firstBlock: firstBlock + i, blocks: 1 })

@@ -22,7 +22,8 @@
  * Why such files and no lmdb (3.5.6), nor a file for each block: 2 GiB of blocks of 360 KiB, 16 at a time, each time flushed,
  * on 2 busy cores, two runs each. Put 1.6, 1.8 GB/s; lmdb 0.35, 1.0; files 1.1, 0.7. Put into what is full 2.1, 2.2; lmdb 0.5,
  * 1.4; files 0.14, 0.17. Get 6.5, 4.9; lmdb 2.3, 4.3; files 3.4, 3.3. Start with 2 GiB 14 ms; lmdb 5; files 27. Size after a
- * whole turnover 1,991 MiB; lmdb 2,008; files 1,991. And lmdb maps its file into memory: where that is cut off or is
+ * whole turnover 1,991 MiB; lmdb 2,008; files 1,991. (The tier that is made of it, one write and two reads at a time, CRC
+ * included: put 1.8 GB/s, get 1.0, start 40 ms.) And lmdb maps its file into memory: where that is cut off or is
  * something else, the process dies of SIGBUS or SIGSEGV, with all that runs in it.
  */
 import { createHash } from "node:crypto"

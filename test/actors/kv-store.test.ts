@@ -254,8 +254,8 @@ describe("a conversation whose blocks have left the pool", () => {
     return { first, second: await cluster.generate({ prompt }), hashes }
   }
 
-  it("is found in the store: only the rest is computed, and the tokens are the same", async () => {
-    const cluster = await start({})
+  it.each([1, 3])("is found where there are stores (%i): only the rest is computed, and the tokens are the same", async (replicas) => {
+    const cluster = await start({ replicas })
     const { first, second, hashes } = await twice(cluster, true)
     expect(first.usage.cachedTokens).toBe(0)
     expect(second.usage.cachedTokens).toBe(16 * Math.min(hashes.length, Math.floor((first.promptTokens.length - 1) / 16)))
@@ -326,8 +326,15 @@ describe("a conversation that goes on after a restart", () => {
   })
 
   it.each(["lru", "lfu", "length-aware"] as const)("gets the same tokens where the tiers are too small for it and give up blocks all the time (%s)", async (eviction) => {
-    const block = 16 * 2 * 4096 // more than the tiny model's
-    const cluster = await start({ eviction, memory: 4 * block, disk: { path: folder, size: 6 * block } })
+    const block = 4096
+    const cluster = await Cluster.start({
+      change: (topology) => ({
+        ...topology,
+        kvStore: { ...topology.kvStore, eviction, memory: 10 * block, disk: { path: folder, size: 20 * block } },
+        workers: topology.workers.map((worker) => ({ ...worker, threads: 1, kv: { ...worker.kv, blocks: 16 } })),
+      }),
+    })
+    expect(cluster.node.workers.get("w0")!.kernels.info.blockBytes).toBe(block)
     const asked = upTo(6).map((i) => ({ prompt: upTo(100).map((token) => 3 + ((token * 7 + i) % 250)) }))
     const alone = []
     for (const request of asked) alone.push((await cluster.generate(request)).tokens)

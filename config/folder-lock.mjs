@@ -11,6 +11,9 @@ const silentMs = 60_000
 // Between creating a lock and writing its holder into it.
 const emptyMs = 5_000
 
+/** Tokens of the locks that this process holds. */
+const held = new Set()
+
 const tryTake = (path, holder) => {
   try {
     writeFileSync(path, holder, { flag: "wx" })
@@ -45,8 +48,10 @@ const isStale = (path, holder) => {
   } catch {
     return false
   }
-  const [host, pid] = holder.split(" ")
+  const [host, pid, token] = holder.split(" ")
   if (pid === undefined) return age > emptyMs
+  // In a container every start has the same process id.
+  if (host === hostname() && Number(pid) === process.pid && !held.has(token)) return true
   if (host === hostname() && !alive(Number(pid))) return true
   return age > silentMs
 }
@@ -94,6 +99,7 @@ export const takeLock = async (path, { deadlineMs, onWait }) => {
     if (Date.now() >= end) throw new Error(`${path}: held by process ${pid} for more than ${Math.round(deadlineMs / 1000)} s; end that process, or delete the file if it is gone`)
     await sleep(pollMs)
   }
+  held.add(token)
   const touch = setInterval(() => {
     try {
       utimesSync(path, new Date(), new Date())
@@ -104,6 +110,7 @@ export const takeLock = async (path, { deadlineMs, onWait }) => {
   touch.unref()
   return () => {
     clearInterval(touch)
+    held.delete(token)
     try {
       if (readFileSync(path, "utf8") === holder) unlinkSync(path)
     } catch (error) {

@@ -109,12 +109,39 @@ export const limits = {
   storeYieldMs: 1_000,
   /** Blocks of one put. */
   storeBatchBlocks: 16,
+  /** Transfers that the prefix of one sequence is fetched by, each from one store. */
+  storeRuns: 16,
   /** Formats whose layout a KV store remembers; the one that was put longest ago is forgotten. */
   storeFormats: 64,
   /** Transfers that a KV store has open at once; beyond them it has nothing and wants nothing. */
   storeTransfers: 64,
   /** A transfer with the KV store that has not ended by then is given up. */
   storeTransferLeaseMs: 30_000,
+  /** Share of a tier's bytes above which it gives up blocks … */
+  storeHighWatermark: 0.95,
+  /** … down to this one, so that it does not look for one block at a time … */
+  storeLowWatermark: 0.9,
+  /** … and so many at once at most, beyond what it needs. */
+  storeEvictionBatch: 1_024,
+  /** Share of a tier's bytes that may be pinned, and for how long a pin lasts at most. */
+  storePinShare: 0.5,
+  storePinMs: 3_600_000,
+  /** Blocks that one message of a KV store names at most. */
+  storeMessageBlocks: 65_536,
+  /** Bytes of blocks that wait to be written to disk; more are not, which costs a miss once they have left the memory. */
+  storeDiskQueueBytes: 64 * 1024 * 1024,
+  /** Blocks that are read from disk at once: with the one that is written they leave a thread of the pool to the engine's steps. */
+  storeDiskReads: 2,
+  /** A disk that cannot be used is tried again after this. */
+  storeDiskRetryMs: 30_000,
+  /** Longest wait of a KV store that starts for another process to leave its folder. */
+  storeLockDeadlineMs: 1_000,
+  /** Time that a KV store which ends has to write what waits. */
+  storeFlushDeadlineMs: 1_000,
+  /** Longest wait of a KV store for another one's word. */
+  storePeerDeadlineMs: 250,
+  /** A block that was sent this often is copied to another KV store, where there is one. */
+  storeHotUses: 8,
   /** Longest wait for an answer of the KV store; after it, a miss. */
   storeDeadlineMs: 2_000,
   /**
@@ -180,6 +207,13 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.kvCreditBytes <= limits.busPendingBytes, "kvCreditBytes <= busPendingBytes"],
   [limits.kvLayerBlockBytes <= limits.kvBlockBytes, "kvLayerBlockBytes <= kvBlockBytes"],
   [limits.kvProgressIntervalMs * 10 <= limits.kvSilenceMs, "kvProgressIntervalMs * 10 <= kvSilenceMs"],
+  [limits.storeLowWatermark < limits.storeHighWatermark, "storeLowWatermark < storeHighWatermark"],
+  [limits.storeHighWatermark <= 1, "storeHighWatermark <= 1"],
+  [limits.storePinShare < limits.storeLowWatermark, "storePinShare < storeLowWatermark"],
+  [limits.storeFlushDeadlineMs + limits.busDrainDeadlineMs < limits.shutdownDeadlineMs, "storeFlushDeadlineMs + busDrainDeadlineMs < shutdownDeadlineMs"],
+  // A supervisor kills a process after half of it.
+  [limits.storeFlushDeadlineMs * 2 < limits.shutdownDeadlineMs, "storeFlushDeadlineMs * 2 < shutdownDeadlineMs"],
+  [limits.storePeerDeadlineMs * 2 < limits.storeDeadlineMs, "storePeerDeadlineMs * 2 < storeDeadlineMs"],
   [limits.streamWindowFrames <= limits.streamBacklogFrames, "streamWindowFrames <= streamBacklogFrames"],
   [limits.placementDeadlineMs <= limits.requestDeadlineMs, "placementDeadlineMs <= requestDeadlineMs"],
   [limits.maxBatch <= limits.mixedStepTokens, "maxBatch <= mixedStepTokens"],

@@ -179,6 +179,7 @@ export const parseTopology = (text: string, path: string, overrides: TopologyOve
   }
   const written = decoded.success
   const keys = written.gateway.keys
+  const { disk } = written.kvStore
   const topology: Topology = {
     ...written,
     bus: resolveBus(written.bus, dirname(path)),
@@ -187,7 +188,8 @@ export const parseTopology = (text: string, path: string, overrides: TopologyOve
       host: overrides.host ?? written.gateway.host,
       port: overrides.port ?? written.gateway.port,
       keys: keys === null || isAbsolute(keys) ? keys : resolve(dirname(path), keys)
-    }
+    },
+    kvStore: { ...written.kvStore, disk: { ...disk, path: disk.path === "auto" ? "auto" : resolve(dirname(path), disk.path) } }
   }
   const problems: Array<Problem> = [
     ...crossChecks(topology),

@@ -20,10 +20,7 @@ const rules: ReadonlyArray<Rule> = [
   ({ scheduler }) => one(!["cache-aware", "least-loaded"].includes(scheduler.policy), ["scheduler", "policy"], "cache-aware or least-loaded"),
   ({ scheduler }) => one(scheduler.admission !== "none", ["scheduler", "admission"], "none"),
   ({ scheduler }) => one(scheduler.objectives !== undefined, ["scheduler", "objectives"], "no objectives key"),
-  eachWorker((worker, at) => one(worker.device !== "cpu", [...at, "device"], "cpu")),
-  ({ kvStore }) => one(kvStore.replicas > 1, ["kvStore", "replicas"], "1"),
-  ({ kvStore }) => one(kvStore.disk !== undefined, ["kvStore", "disk"], "no disk key"),
-  ({ kvStore }) => one(kvStore.eviction !== "lru", ["kvStore", "eviction"], "lru")
+  eachWorker((worker, at) => one(worker.device !== "cpu", [...at, "device"], "cpu"))
 ]
 
 /** Everything in this topology that would silently do nothing if it were let through. */

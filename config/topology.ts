@@ -157,11 +157,12 @@ const kvStore = Schema.Struct({
   replicas: or(integer(1, 64), 1),
   /** Bytes. */
   memory: or(bytes, "256MiB"),
-  disk: Schema.optionalKey(Schema.Struct({
+  disk: or(Schema.Struct({
+    /** A folder, in which each store has its own; from the topology file's. `auto`: in PENSTOCK_HOME, by the cluster's name. */
     path: or(text("auto or a path", /./), "auto"),
-    /** Bytes. */
-    size: required(bytes)
-  })),
+    /** Bytes of each store; 0 for none. */
+    size: or(bytes, "2GiB")
+  }), {}),
   eviction: or(oneOf(["lru", "lfu", "length-aware"]), "lru")
 })
 

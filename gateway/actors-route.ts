@@ -16,7 +16,7 @@ const workersOf = (members: ReadonlyArray<PresenceMessage>) =>
   })
 
 const actorsOf = (members: ReadonlyArray<PresenceMessage>) =>
-  members.flatMap(({ kind, id, node, pid, state, worker }) => (worker?.roles ?? [kind]).map((role: string) => ({ kind: role, id, node, pid, state })))
+  members.flatMap(({ kind, id, node, pid, state, worker, store }) => (worker?.roles ?? [kind]).map((role: string) => ({ kind: role, id, node, pid, state, ...(store === undefined ? {} : { store }) })))
 
 const transfersOf = (members: ReadonlyArray<PresenceMessage>) => {
   const sum = { completed: 0, failed: 0, fallbacks: 0, bytes: 0, ms: 0 }

@@ -22,6 +22,7 @@ interface Stored {
   readonly hash: BlockHash
   /** Traceparent of the request that it was computed for. */
   readonly trace: string | undefined
+  readonly depth: number
 }
 
 export class StoreWriter {
@@ -30,8 +31,8 @@ export class StoreWriter {
   #state: "new" | "works" | "fails" = "new"
 
   /** A block's content became known. Beyond the bound the oldest in the queue is forgotten. */
-  stored(hash: BlockHash, trace?: string): void {
-    this.#queue.push({ hash, trace })
+  stored(hash: BlockHash, trace?: string, depth = 0): void {
+    this.#queue.push({ hash, trace, depth })
     if (this.#queue.length > limits.storeQueueBlocks) this.#queue.shift()
     this.#wake?.()
     this.#wake = undefined
@@ -50,14 +51,16 @@ export class StoreWriter {
       const batch = this.#queue.splice(0, limits.storeBatchBlocks)
       const { present } = yield* link.ask(Have, subject(cluster, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(batch.map(({ hash }) => hash)) }, hop)
       const absent = batch.filter((_, i) => present[i] !== true)
-      if (absent.length > 0) yield* put(absent.map(({ hash }) => hash)).pipe(Effect.withSpan(spans.kvStorePut, spanOfBatch(absent)))
+      if (absent.length > 0) yield* put(absent).pipe(Effect.withSpan(spans.kvStorePut, spanOfBatch(absent)))
     })
     /** The blocks are held in the pool while they are sent. */
-    const put = (hashes: ReadonlyArray<BlockHash>) =>
+    const put = (absent: ReadonlyArray<Stored>) =>
       Effect.gen(function* () {
-        const held = yield* Effect.acquireRelease(Effect.sync(() => engine.hold(hashes)), ({ release }) => Effect.sync(release))
+        const held = yield* Effect.acquireRelease(Effect.sync(() => engine.hold(absent.map(({ hash }) => hash))), ({ release }) => Effect.sync(release))
         if (held.hashes.length === 0) return // evicted before their turn
-        const { wanted, transferId, creditBytes } = yield* link.ask(Put, to, { formatId, hashes: packHashes(held.hashes), layout: kv }, hop)
+        const depthOf = new Map(absent.map(({ hash, depth }) => [hash, depth]))
+        const asked = { formatId, hashes: packHashes(held.hashes), layout: kv, depths: held.hashes.map((hash) => depthOf.get(hash) ?? 0) }
+        const { wanted, transferId, creditBytes } = yield* link.ask(Put, to, asked, hop)
         const places = held.hashes.flatMap((_, i) => (wanted[i] === true ? [i] : []))
         yield* Effect.annotateCurrentSpan(attributes.movedBlocks, places.length)
         if (places.length === 0) return

@@ -5,8 +5,8 @@
 import type { BlockHash } from "../messages/hashes.ts"
 
 export interface BlockEvents {
-  /** `trace`: traceparent of the request that it was computed for. */
-  stored(hash: BlockHash, trace?: string): void
+  /** `trace`: traceparent of the request that it was computed for; `depth`: its place in its sequence. */
+  stored(hash: BlockHash, trace?: string, depth?: number): void
   removed(hash: BlockHash): void
 }
 
@@ -93,12 +93,12 @@ export class BlockManager {
   }
 
   /** Makes a full block's content known. Where another block has the same content, that one stays the known one. */
-  seal(block: number, hash: BlockHash, trace?: string): void {
+  seal(block: number, hash: BlockHash, trace?: string, depth?: number): void {
     if (this.#references[block] === 0) throw new Error(`block ${block} is sealed but nobody's`)
     if (this.#hashes[block] !== undefined || this.#index.has(hash)) return
     this.#hashes[block] = hash
     this.#index.set(hash, block)
-    this.#events.stored(hash, trace)
+    this.#events.stored(hash, trace, depth)
   }
 
   /** Every hash that is known here, for whoever missed events. */

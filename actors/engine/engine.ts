@@ -157,7 +157,7 @@ export class Engine {
     if (sequence.computed !== from * this.blockTokens || (from + blocks) * this.blockTokens >= sequence.length) return false
     sequence.computed += blocks * this.blockTokens
     group.cachedTokens += blocks * this.blockTokens
-    for (let place = from; place < from + blocks; place++) this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!, group.spec.trace)
+    for (let place = from; place < from + blocks; place++) this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!, group.spec.trace, place)
     return true
   }
 
@@ -219,7 +219,7 @@ export class Engine {
     }
     leader.computed = leader.length
     leader.hashUpTo(leader.length, this.blockTokens)
-    for (let place = 0; (place + 1) * this.blockTokens <= leader.length; place++) this.blocks.seal(leader.table[place]!, leader.hashes[place]!, group.spec.trace)
+    for (let place = 0; (place + 1) * this.blockTokens <= leader.length; place++) this.blocks.seal(leader.table[place]!, leader.hashes[place]!, group.spec.trace, place)
     const choices = Array.from({ length: group.unforked }, (_, i) => i + 1)
     for (const choice of choices) this.#fork(leader, choice)
     group.samplers.forEach((_, choice) => this.#freeSampler(group, choice)) // they are made again with what was drawn
@@ -372,7 +372,7 @@ export class Engine {
       const sealed = Math.floor(sequence.computed / this.blockTokens)
       sequence.computed += tokens
       sequence.hashUpTo(sequence.computed, this.blockTokens)
-      for (let place = sealed; (place + 1) * this.blockTokens <= sequence.computed; place++) this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!, sequence.group.spec.trace)
+      for (let place = sealed; (place + 1) * this.blockTokens <= sequence.computed; place++) this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!, sequence.group.spec.trace, place)
       if (!sequence.group.prefillDone) sequence.group.computedTokens += tokens
     }
     this.#reportScores(outputs, result)

@@ -1,9 +1,9 @@
 /**
- * The KV-store actor: keeps blocks by format and hash, so that a prefix that has left every pool is fetched, not computed.
- * Blocks come and go by transfer; what has come only in part is never seen.
+ * The KV-store actor: keeps blocks by format and hash, in memory and on disk, so that a prefix that has left every pool is
+ * fetched, not computed. Blocks come and go by transfer; what has come only in part is never seen.
  */
 import { randomUUID } from "node:crypto"
-import { Effect, type Scope } from "effect"
+import { Effect, FiberSet, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
 import { attributes, spans } from "../../config/telemetry.ts"
 import { actor, onAsk } from "../runtime/actor.ts"
@@ -11,14 +11,20 @@ import type { Buses } from "../runtime/bus.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
 import { messageAttributes } from "../runtime/trace-context.ts"
-import { unpackHashes } from "../messages/hashes.ts"
-import { Get, Have, Put, type BlocksMessage } from "../messages/kv-store.ts"
+import { packHashes, unpackHashes, type BlockHash } from "../messages/hashes.ts"
+import { Get, Have, Pin, Put, type BlocksMessage } from "../messages/kv-store.ts"
+import type { StorePresence } from "../messages/presence.ts"
 import { anyId, subject } from "../messages/subjects.ts"
-import type { KvLayout } from "../engine/worker.ts"
+import type { Members } from "../presence/members.ts"
 import { TransferReceiver } from "../transfer/transfer-receiver.ts"
 import { TransferSender } from "../transfer/transfer-sender.ts"
-import { BlockCache } from "./block-cache.ts"
+import { attachDisk } from "./attach-disk.ts"
 import { bufferSink, bufferSource } from "./block-buffers.ts"
+import { BlockTiers, type PutBlock } from "./block-tiers.ts"
+import { evictions, type EvictionName } from "./eviction.ts"
+import { Formats, type StoredFormat } from "./formats.ts"
+import { Peers } from "./peers.ts"
+import { blockKey } from "./shelves.ts"
 
 export interface KvStoreOptions {
   readonly link: Link
@@ -26,36 +32,40 @@ export interface KvStoreOptions {
   readonly cluster: string
   readonly id: string
   readonly memoryBytes: number
+  /** `lru` where absent. */
+  readonly eviction?: EvictionName
+  readonly disk?: { readonly folder: string; readonly bytes: number } | undefined
+  /** Where there are several stores: who serves. */
+  readonly members?: Pick<Members, "all"> | undefined
 }
 
-type GetMessage = BlocksMessage & { readonly layout: KvLayout; readonly transferId: string; readonly firstBlock: number; readonly creditBytes: number }
-type PutMessage = BlocksMessage & { readonly layout: KvLayout }
+export interface RunningStore {
+  /** What an operator sees of its tiers now. */
+  readonly figures: () => StorePresence
+  /** Whether blocks wait to be written to disk. */
+  readonly isWriting: () => boolean
+}
 
-const textOf = ({ layers, layerBlockBytes, dtype, blockTokens }: KvLayout): string => `${layers} layers of ${layerBlockBytes} bytes (${dtype}, ${blockTokens} tokens)`
+type HaveMessage = BlocksMessage & { readonly toFetch?: boolean | undefined }
+type GetMessage = BlocksMessage & StoredFormat & { readonly transferId: string; readonly firstBlock: number; readonly creditBytes: number }
+type PutMessage = BlocksMessage & StoredFormat & { readonly depths?: ReadonlyArray<number> | undefined }
+type PinMessage = BlocksMessage & { readonly leaseMs: number }
 
 /** Runs a KV store until the Scope closes. */
-export const kvStoreActor = ({ link, buses, cluster, id, memoryBytes }: KvStoreOptions): Effect.Effect<void, never, Scope.Scope> =>
+export const kvStoreActor = (options: KvStoreOptions): Effect.Effect<RunningStore, never, Scope.Scope> =>
   Effect.gen(function* () {
-    const cache = new BlockCache(memoryBytes)
+    const { link, buses, cluster, id, memoryBytes, disk } = options
+    const eviction = evictions[options.eviction ?? "lru"]
+    const tiers = new BlockTiers({ memoryBytes, eviction })
+    if (disk !== undefined) yield* attachDisk(tiers, { folder: disk.folder, capacityBytes: disk.bytes, eviction, warn: (message) => console.error(`${link.sender}: ${message}`) })
+    const peers = new Peers({ link, buses, cluster, id, members: options.members })
+    const formats = new Formats(link.sender)
     const coming = new Set<string>() // keys that an open put brings: what prefill and decode both have is sent once
-    const layouts = new Map<string, KvLayout>() // by format, the one that was put longest ago first
     const open = new Set<{ readonly fail: (fault: Fault) => void }>() // transfers, both ways
-    const places = (verb: string) => [
-      { subject: subject(cluster, "kv-store", id, verb) },
-      { subject: subject(cluster, "kv-store", anyId, verb), queue: "kv-store" },
-    ]
-    const keys = ({ formatId, hashes }: BlocksMessage) => unpackHashes(hashes).map((hash) => `${formatId}/${hash}`)
-    const layoutFault = ({ formatId, layout }: PutMessage): Fault | undefined => {
-      const known = layouts.get(formatId)
-      if (known === undefined || textOf(known) === textOf(layout)) return undefined
-      return new Fault({ code: "invalid_request", message: `${link.sender}: format ${formatId} has blocks of ${textOf(known)}, not of ${textOf(layout)}`, hop: link.sender })
-    }
-    /** A format's first put says how its blocks are laid out. */
-    const remember = ({ formatId, layout }: PutMessage): void => {
-      layouts.delete(formatId)
-      layouts.set(formatId, layout)
-      if (layouts.size > limits.storeFormats) layouts.delete(layouts.keys().next().value!)
-    }
+    const copies = yield* FiberSet.make<void>()
+    const here = (verb: string) => [{ subject: subject(cluster, "kv-store", id, verb) }]
+    const anywhere = (verb: string) => [{ subject: subject(cluster, "kv-store", anyId, verb), queue: "kv-store" }]
+    const keys = ({ formatId, hashes }: BlocksMessage) => unpackHashes(hashes).map((hash) => blockKey(formatId, hash))
     const leaving = new Fault({ code: "shutting_down", message: `${link.sender}: is leaving`, hop: link.sender })
     yield* Effect.addFinalizer(() => Effect.sync(() => open.forEach((transfer) => transfer.fail(leaving))))
 
@@ -70,63 +80,123 @@ export const kvStoreActor = ({ link, buses, cluster, id, memoryBytes }: KvStoreO
       transfer.done.then(ended, ended)
     }
 
+    const haveHere = (message: HaveMessage) => {
+      const named = keys(message)
+      const present = named.map((key) => tiers.has(key))
+      return { present, at: present.map((is) => (is ? id : "")), coming: named.map((key) => coming.has(key)) }
+    }
+
+    const haveAnywhere = (message: HaveMessage) =>
+      Effect.gen(function* () {
+        const { present, at } = haveHere(message)
+        const absent = present.flatMap((is, i) => (is ? [] : [i]))
+        const hashes = unpackHashes(message.hashes)
+        const answers = absent.length === 0 ? [] : yield* peers.askAll(Have, { formatId: message.formatId, hashes: packHashes(absent.map((i) => hashes[i]!)) })
+        for (const { id: peer, answer } of answers) absent.forEach((i, place) => answer.present[place] === true && (at[i] = peer))
+        if (message.toFetch === true) tiers.missed(at.filter((store) => store === "").length)
+        return { present: at.map((store) => store !== ""), at }
+      })
+
+    /** Blocks that many have asked for are copied to another store: then two can send them, and one may be lost. */
+    const copyHot = (format: StoredFormat, hashes: ReadonlyArray<BlockHash>) =>
+      Effect.gen(function* () {
+        const peer = peers.next()
+        const hot = hashes.filter((hash) => tiers.uses(blockKey(format.formatId, hash)) % limits.storeHotUses === 0)
+        const taken = peer === undefined || (yield* FiberSet.size(copies)) > 0 ? undefined : tiers.take(format, hot)
+        if (peer === undefined || taken === undefined) return
+        const copy = Effect.gen(function* () {
+          for (let from = 0; from < hot.length; from += limits.storeBatchBlocks) {
+            const blocks: Array<PutBlock> = []
+            for (const [i, hash] of hot.slice(from, from + limits.storeBatchBlocks).entries()) {
+              const bytes = yield* Effect.promise(() => taken.block(from + i))
+              if (bytes !== undefined) blocks.push({ hash, depth: tiers.depth(blockKey(format.formatId, hash)), bytes })
+            }
+            yield* peers.copy(peer, format, blocks)
+          }
+        })
+        yield* FiberSet.run(copies, Effect.ignore(copy).pipe(Effect.ensuring(Effect.sync(taken.release))))
+      })
+
     const get = (message: GetMessage) =>
-      Effect.suspend(() => {
-        const wrong = layoutFault(message)
-        if (wrong !== undefined) return Effect.fail(wrong)
-        const { layout, transferId, firstBlock, creditBytes } = message
-        const blockBytes = layout.layers * layout.layerBlockBytes
-        const blocks = keys(message).flatMap((key) => cache.get(key) ?? [])
-        const whole = blocks.length > 0 && blocks.length === unpackHashes(message.hashes).length && blocks.every((block) => block.byteLength === blockBytes)
-        if (!whole || open.size >= limits.storeTransfers) return Effect.succeed({ sent: false })
+      Effect.gen(function* () {
+        const { layout, transferId, firstBlock, creditBytes, formatId } = message
+        yield* formats.check(message)
+        const hashes = unpackHashes(message.hashes)
+        const taken = open.size < limits.storeTransfers ? tiers.take({ formatId, layout }, hashes) : undefined
+        if (taken !== undefined) tiers.use(keys(message))
+        yield* Effect.annotateCurrentSpan(attributes.movedBlocks, taken === undefined ? 0 : hashes.length)
+        if (taken === undefined) return { sent: false }
+        const blocks: Array<Uint8Array> = []
         const sender = new TransferSender({ ...buses, cluster, transferId, source: bufferSource(layout, blocks, firstBlock), creditBytes, hop: "prefill" })
         track(sender)
-        blocks.forEach((_, i) => sender.send({ firstLayer: 0, layers: layout.layers, firstBlock: firstBlock + i, blocks: 1 }))
-        sender.finish([])
-        return Effect.succeed({ sent: true })
-      }).pipe(
-        Effect.tap(({ sent }) => Effect.annotateCurrentSpan(attributes.movedBlocks, sent ? unpackHashes(message.hashes).length : 0)),
-        Effect.withSpan(spans.kvStoreGet, { kind: "server", attributes: messageAttributes(link, subject(cluster, "kv-store", anyId, Get.verb)) }),
-      )
+        sender.done.then(taken.release, taken.release)
+        void (async () => {
+          for (const [i, reading] of hashes.map((_, i) => taken.block(i)).entries()) {
+            const block = await reading
+            if (block === undefined) return sender.fail(new Fault({ code: "unavailable", message: `${link.sender}: a block is damaged`, hop: link.sender }))
+            blocks.push(block)
+            sender.send({ firstLayer: 0, layers: layout.layers, firstBlock: firstBlock + i, blocks: 1 })
+          }
+          sender.finish([])
+        })()
+        yield* copyHot({ formatId, layout }, hashes)
+        return { sent: true }
+      }).pipe(Effect.withSpan(spans.kvStoreGet, { kind: "server", attributes: messageAttributes(link, subject(cluster, "kv-store", anyId, Get.verb)) }))
 
-    const put = (message: PutMessage) =>
-      Effect.suspend(() => {
-        const wrong = layoutFault(message)
-        if (wrong !== undefined) return Effect.fail(wrong)
-        const { layout } = message
+    const put = (message: PutMessage, alone: boolean) =>
+      Effect.gen(function* () {
+        const { layout, formatId } = message
+        yield* formats.check(message)
         const named = keys(message)
+        const hashes = unpackHashes(message.hashes)
         const blockBytes = layout.layers * layout.layerBlockBytes
         const room = open.size < limits.storeTransfers && named.length <= limits.storeBatchBlocks
-        const wanted = named.map((key) => {
-          const wants = room && cache.get(key) === undefined && !coming.has(key) && cache.reserve(blockBytes)
-          if (wants) coming.add(key)
-          return wants
+        const isHere = tiers.use(named)
+        const asked = named.flatMap((key, i) => {
+          if (!room || isHere[i] === true || coming.has(key) || !tiers.memory.reserve(blockBytes)) return []
+          coming.add(key)
+          return [i]
         })
-        const keep = named.filter((_, i) => wanted[i])
+        const ended = (i: number) => {
+          coming.delete(named[i]!)
+          tiers.memory.release(blockBytes)
+        }
+        const askOthers = peers.askAll(Have, { formatId, hashes: packHashes(asked.map((i) => hashes[i]!)) }).pipe(Effect.onInterrupt(() => Effect.sync(() => asked.forEach(ended))))
+        const others = alone || asked.length === 0 ? [] : yield* askOthers
+        // Of two that are offered the same at once, one takes it.
+        const isElsewhere = (place: number) => others.some(({ id: peer, answer }) => answer.present[place] === true || (answer.coming?.[place] === true && peer < id))
+        const keep = asked.filter((_, place) => !isElsewhere(place))
+        asked.forEach((i, place) => isElsewhere(place) && ended(i))
+        yield* Effect.annotateCurrentSpan(attributes.movedBlocks, keep.length)
         const transferId = randomUUID().replaceAll("-", "")
         if (keep.length > 0) {
-          remember(message)
-          const blocks = keep.map(() => new Uint8Array(blockBytes))
-          const receiver = new TransferReceiver({ ...buses, cluster, transferId, sink: bufferSink(layout, blocks), firstBlock: 0, blocks: keep.length, creditBytes: limits.kvWindowBytes, hop: "a worker" })
+          formats.remember(message)
+          const blocks = keep.map((i) => ({ hash: hashes[i]!, depth: message.depths?.[i] ?? 0, bytes: new Uint8Array(blockBytes) }))
+          const sink = bufferSink(layout, blocks.map(({ bytes }) => bytes))
+          const receiver = new TransferReceiver({ ...buses, cluster, transferId, sink, firstBlock: 0, blocks: keep.length, creditBytes: limits.kvWindowBytes, hop: "a worker" })
           track(receiver)
-          const ended = () => {
-            cache.release(keep.length * blockBytes)
-            for (const key of keep) coming.delete(key)
+          const whole = () => {
+            keep.forEach(ended)
+            tiers.put({ formatId, layout }, blocks)
           }
-          receiver.done.then(() => {
-            ended()
-            keep.forEach((key, i) => cache.put(key, blocks[i]!))
-          }, ended) // blocks that did not come stay unknown, which costs a later miss
+          receiver.done.then(whole, () => keep.forEach(ended)) // blocks that did not come stay unknown, which costs a later miss
         }
-        return Effect.succeed({ wanted, transferId, creditBytes: limits.kvWindowBytes })
-      }).pipe(
-        Effect.tap(({ wanted }) => Effect.annotateCurrentSpan(attributes.movedBlocks, wanted.filter(Boolean).length)),
-        Effect.withSpan(spans.kvStorePut, { kind: "server", attributes: messageAttributes(link, subject(cluster, "kv-store", anyId, Put.verb)) }),
-      )
+        return { wanted: named.map((_, i) => keep.includes(i)), transferId, creditBytes: limits.kvWindowBytes }
+      }).pipe(Effect.withSpan(spans.kvStorePut, { kind: "server", attributes: messageAttributes(link, subject(cluster, "kv-store", anyId, Put.verb)) }))
 
+    const pinHere = (message: PinMessage) => ({ pinned: keys(message).map((key) => tiers.pin(key, performance.now() + message.leaseMs)) })
+    const pinAnywhere = (message: PinMessage) =>
+      Effect.map(peers.askAll(Pin, message), (answers) => ({ pinned: pinHere(message).pinned.map((is, i) => is || answers.some(({ answer }) => answer.pinned[i] === true)) }))
+
+    const waits = { concurrent: true }
     yield* actor(link, [
-      onAsk(Have, places(Have.verb), (message) => Effect.sync(() => ({ present: keys(message).map((key) => cache.has(key)) }))),
-      onAsk(Get, places(Get.verb), get),
-      onAsk(Put, places(Put.verb), put),
+      onAsk(Have, here(Have.verb), (message) => Effect.sync(() => haveHere(message))),
+      onAsk(Have, anywhere(Have.verb), haveAnywhere, waits),
+      onAsk(Get, [...here(Get.verb), ...anywhere(Get.verb)], get),
+      onAsk(Put, here(Put.verb), (message) => put(message, true)),
+      onAsk(Put, anywhere(Put.verb), (message) => put(message, false), waits),
+      onAsk(Pin, here(Pin.verb), (message) => Effect.sync(() => pinHere(message))),
+      onAsk(Pin, anywhere(Pin.verb), pinAnywhere, waits),
     ])
+    return { figures: () => tiers.figures, isWriting: () => tiers.disk?.isWriting === true }
   })

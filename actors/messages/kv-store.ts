@@ -6,13 +6,14 @@ import { Schema } from "effect"
 import { limits } from "../../config/limits.ts"
 import { kvDtypes } from "../../kernels/index.ts"
 import { defineAsk } from "../runtime/codec.ts"
+import { hashBytes } from "./hashes.ts"
 import { CreditBytes, TransferId } from "./kv-transfer.ts"
 
 const upTo = (maximum: number) => Schema.Int.check(Schema.isBetween({ minimum: 1, maximum }))
 /** As wide as in the head of a chunk. */
 const place = Schema.Int.check(Schema.isBetween({ minimum: 0, maximum: 0xffffffff }))
 
-const Blocks = { formatId: Schema.String, hashes: Schema.Uint8Array } // [n, 16]
+const Blocks = { formatId: Schema.String, hashes: Schema.Uint8Array.check(Schema.makeFilter((hashes) => hashes.byteLength <= limits.storeMessageBlocks * hashBytes || `more than ${limits.storeMessageBlocks} hashes`)) } // [n, 16]
 export type BlocksMessage = { readonly formatId: string; readonly hashes: Uint8Array }
 
 /** How the bytes of a block are divided: layers of `layerBlockBytes` each. Bounded, since room is made after its word. */
@@ -23,8 +24,22 @@ export const KvLayoutMessage = Schema.Struct({
   layerBlockBytes: upTo(limits.kvLayerBlockBytes),
 }).check(Schema.makeFilter(({ layers, layerBlockBytes }) => layers * layerBlockBytes <= limits.kvBlockBytes || `a block of more than ${limits.kvBlockBytes} bytes`))
 
-/** Which of the blocks are here. */
-export const Have = defineAsk("have", Schema.Struct(Blocks), Schema.Struct({ present: Schema.Array(Schema.Boolean) }))
+/** Which of the blocks are there: in all stores where any is asked, else in this one. */
+export const Have = defineAsk(
+  "have",
+  Schema.Struct({
+    ...Blocks,
+    /** They are wanted for a sequence: what is not there was missed. */
+    toFetch: Schema.optional(Schema.Boolean),
+  }),
+  Schema.Struct({
+    present: Schema.Array(Schema.Boolean),
+    /** Which store has it, by its id; empty where none has. Absent: whoever is asked for them. */
+    at: Schema.optional(Schema.Array(Schema.String)),
+    /** Blocks that an open put brings. */
+    coming: Schema.optional(Schema.Array(Schema.Boolean)),
+  }),
+)
 
 export const GetMessage = Schema.Struct({ ...Blocks, layout: KvLayoutMessage, transferId: TransferId, firstBlock: place, creditBytes: CreditBytes })
 export type GetMessage = typeof GetMessage.Type
@@ -38,6 +53,17 @@ export const Get = defineAsk("get", GetMessage, Schema.Struct({ sent: Schema.Boo
  */
 export const Put = defineAsk(
   "put",
-  Schema.Struct({ ...Blocks, layout: KvLayoutMessage }),
+  Schema.Struct({
+    ...Blocks,
+    layout: KvLayoutMessage,
+    /** Place of each block in its chain, 0 for the first of a prompt; absent: as if all were the first. */
+    depths: Schema.optional(Schema.Array(place)),
+  }),
   Schema.Struct({ wanted: Schema.Array(Schema.Boolean), transferId: TransferId, creditBytes: CreditBytes }),
 )
+
+/**
+ * Keeps blocks from being evicted for so long, wherever they are now; 0 lets them go. A pin ends with the process of the
+ * store. False where a block is nowhere, or too much is pinned already.
+ */
+export const Pin = defineAsk("pin", Schema.Struct({ ...Blocks, leaseMs: Schema.Int.check(Schema.isBetween({ minimum: 0, maximum: limits.storePinMs })) }), Schema.Struct({ pinned: Schema.Array(Schema.Boolean) }))

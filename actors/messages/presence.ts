@@ -22,6 +22,17 @@ export const WorkerPresence = Schema.Struct({
 })
 export type WorkerPresence = typeof WorkerPresence.Type
 
+/** One tier of a KV store. Hits and misses are of blocks that were to be sent; what is missed in memory may be a hit on disk. */
+export const TierPresence = Schema.Struct({ blocks: count, bytes: count, limitBytes: count, hits: count, misses: count, evictions: count })
+export type TierPresence = typeof TierPresence.Type
+
+export const StorePresence = Schema.Struct({
+  memory: TierPresence,
+  /** Absent where the topology has none, or it cannot be used now. */
+  disk: Schema.optional(TierPresence),
+})
+export type StorePresence = typeof StorePresence.Type
+
 export const PresenceMessage = Schema.Struct({
   kind: Schema.Literals(["request", "scheduler", "worker", "kv-store"]),
   id: Schema.String,
@@ -32,6 +43,7 @@ export const PresenceMessage = Schema.Struct({
   epoch: count,
   state: Schema.Literals(["serving", "leaving"]),
   worker: Schema.optional(WorkerPresence),
+  store: Schema.optional(StorePresence),
 })
 export type PresenceMessage = typeof PresenceMessage.Type
 export const Presence = defineTell("presence", PresenceMessage)

@@ -3,7 +3,7 @@
  * The id `any` is served by the queue group of a kind.
  */
 import { Finish, Reserve } from "./decode.ts"
-import { Get, Have, Put } from "./kv-store.ts"
+import { Get, Have, Pin, Put } from "./kv-store.ts"
 import { KvDump, Prefill } from "./prefill.ts"
 import { Detokenize, Generate, Tokenize } from "./request.ts"
 import { Heartbeat, KvEvents, Leave, Place, Prefilled, Release } from "./scheduler.ts"
@@ -48,14 +48,15 @@ const conversations: ReadonlyArray<Conversation> = [
   { from: "scheduler", to: "prefill", verbs: verbs(KvDump) },
   { from: "worker", to: "scheduler", verbs: verbs(Heartbeat, Leave, KvEvents) },
   { from: "worker", to: "prefill", verbs: verbs(Get) },
-  { from: "worker", to: "kv-store", verbs: verbs(Have, Get, Put) },
+  { from: "worker", to: "kv-store", verbs: verbs(Have, Get, Put, Pin) },
+  { from: "kv-store", to: "kv-store", verbs: verbs(Have, Put, Pin) },
 ]
 
 /** Who moves KV: transfers have subjects of their own, and each of these may be at either end. */
 const movesKv: ReadonlySet<ProcessKind> = new Set(["worker", "kv-store"])
 
 /** Who listens to what is said about who serves; every process but the gateway says so. */
-const watchesPresence: ReadonlySet<ProcessKind> = new Set(["gateway", "request"])
+const watchesPresence: ReadonlySet<ProcessKind> = new Set(["gateway", "request", "kv-store"])
 
 export interface Permissions {
   readonly publish: ReadonlyArray<string>

@@ -3,6 +3,7 @@
  * of its own over NATS.
  */
 import { availableParallelism } from "node:os"
+import { join } from "node:path"
 import { Effect, type Scope } from "effect"
 import type { Env } from "../../config/env.ts"
 import { limits } from "../../config/limits.ts"
@@ -11,7 +12,7 @@ import { numericsVersion, readGguf, type Gguf } from "../../kernels/index.ts"
 import type { Buses } from "../runtime/bus.ts"
 import { Link } from "../runtime/link.ts"
 import { kvFormatId } from "../engine/worker.ts"
-import { kvStoreActor } from "../kv-store/kv-store.ts"
+import { kvStoreActor, type RunningStore } from "../kv-store/kv-store.ts"
 import { announce } from "../presence/announce.ts"
 import { Members } from "../presence/members.ts"
 import { checkChunkFits } from "../transfer/chunk-limit.ts"
@@ -57,9 +58,13 @@ export const runComponent = (component: Component, epoch: number, context: Compo
     const { topology, model, buses } = context
     const { cluster } = topology
     const link = new Link(buses.control, `${kind} ${id}`, epoch)
+    let store: RunningStore | undefined
     if (kind === "worker") return yield* runWorker(id, epoch, context, ready)
     if (kind === "kv-store") {
-      yield* kvStoreActor({ link, buses, cluster, id, memoryBytes: topology.kvStore.memory })
+      const { memory, disk, eviction, replicas } = topology.kvStore
+      const folder = join(disk.path === "auto" ? join(context.env.home, "kv", cluster) : disk.path, id)
+      const members = replicas > 1 ? yield* Members.listen(buses.control, cluster) : undefined
+      store = yield* kvStoreActor({ link, buses, cluster, id, memoryBytes: memory, eviction, members, disk: disk.size > 0 ? { folder, bytes: disk.size } : undefined })
     } else if (kind === "scheduler") {
       const { policy, queue } = topology.scheduler
       if (!isPolicyName(policy)) return yield* Effect.fail(new WorkerError(`scheduler.policy: ${policy} is not available`))
@@ -75,7 +80,7 @@ export const runComponent = (component: Component, epoch: number, context: Compo
       })
       yield* requestActor({ link, cluster, id, model: served, members: yield* Members.listen(buses.control, cluster) })
     }
-    yield* announce({ link, cluster, kind, id })
+    yield* announce({ link, cluster, kind, id, store: store?.figures })
     yield* ready
     return yield* Effect.never
   })

@@ -55,9 +55,9 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
             name: `worker ${id}`,
             maxBatch,
             events: {
-              stored: (hash, trace) => {
+              stored: (hash, trace, depth) => {
                 events.stored(hash)
-                storeWriter.stored(hash, trace)
+                storeWriter.stored(hash, trace, depth)
               },
               removed: (hash) => events.removed(hash),
             },

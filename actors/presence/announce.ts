@@ -14,14 +14,15 @@ export interface AnnounceOptions {
   readonly kind: PresenceMessage["kind"]
   readonly id: string
   readonly worker?: () => NonNullable<PresenceMessage["worker"]>
+  readonly store?: () => NonNullable<PresenceMessage["store"]>
 }
 
 /** Announces until the Scope closes. */
-export const announce = ({ link, cluster, kind, id, worker }: AnnounceOptions): Effect.Effect<void, never, Scope.Scope> =>
+export const announce = ({ link, cluster, kind, id, worker, store }: AnnounceOptions): Effect.Effect<void, never, Scope.Scope> =>
   Effect.gen(function* () {
     const say = (state: PresenceMessage["state"]) =>
       Effect.ignore(
-        Effect.suspend(() => link.tell(Presence, presenceSubject(cluster), { kind, id, node: hostname(), pid: process.pid, epoch: link.epoch, state, worker: worker?.() })),
+        Effect.suspend(() => link.tell(Presence, presenceSubject(cluster), { kind, id, node: hostname(), pid: process.pid, epoch: link.epoch, state, worker: worker?.(), store: store?.() })),
       )
     yield* Effect.addFinalizer(() => say("leaving"))
     yield* say("serving")

@@ -77,7 +77,7 @@ export const firstTokens = (model: ResolvedModel): Effect.Effect<{ readonly ttft
     const start = (preset: string) => {
       const { topology } = loadTopology(fileURLToPath(new URL(`../../config/topologies/${preset}.yaml`, import.meta.url)), { host: "127.0.0.1", port: 0 })
       const workers = topology.workers.map((worker) => ({ ...worker, kv: { ...worker.kv, blocks } }))
-      return Effect.map(serve({ topology: { ...topology, workers }, model }), ({ url }) => (tokens: number) => ask(url, model.name, tokens))
+      return Effect.map(serve({ topology: { ...topology, workers, kvStore: { ...topology.kvStore, disk: { path: "auto", size: 0 } } }, model }), ({ url }) => (tokens: number) => ask(url, model.name, tokens))
     }
     const single = yield* start("single")
     const disaggregated = yield* start("disaggregated")

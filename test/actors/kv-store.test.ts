@@ -4,17 +4,16 @@ import { mkdtempSync, rmSync } from "node:fs"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { Effect } from "effect"
-import fc from "fast-check"
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest"
 import { readEnv } from "../../config/env.ts"
 import { limits } from "../../config/limits.ts"
 import { loadTopology } from "../../config/load-topology.ts"
-import { kvDtypes, type KvDtype } from "../../kernels/index.ts"
+import type { KvDtype } from "../../kernels/index.ts"
+import type { Topology } from "../../config/topology.ts"
 import { chainHashes, hashRoot } from "../../actors/engine/block-hash.ts"
 import { Engine } from "../../actors/engine/engine.ts"
 import type { KvLayout } from "../../actors/engine/worker.ts"
 import { bufferSink, bufferSource } from "../../actors/kv-store/block-buffers.ts"
-import { BlockCache } from "../../actors/kv-store/block-cache.ts"
 import { kvStoreActor } from "../../actors/kv-store/kv-store.ts"
 import { packHashes } from "../../actors/messages/hashes.ts"
 import { Get, Have, Put } from "../../actors/messages/kv-store.ts"
@@ -39,58 +38,6 @@ const upTo = (count: number): Array<number> => Array.from({ length: count }, (_,
 /** The layout of FakeKernels' blocks of 4 tokens. */
 const kv = { dtype: "f16", blockTokens: 4, layers: 1, layerBlockBytes: 16 } as const
 const hash = (n: number): string => String(n).padStart(16, "h")
-
-describe("a block cache", () => {
-  it("keeps what was used last within its bytes, against a list as model", () => {
-    const operation = fc.oneof(
-      fc.record({ type: fc.constant("put" as const), key: fc.nat(6), bytes: fc.integer({ min: 0, max: 60 }) }),
-      fc.record({ type: fc.constantFrom("get" as const, "has" as const), key: fc.nat(6) }),
-    )
-    fc.assert(
-      fc.property(fc.array(operation, { maxLength: 80 }), (operations) => {
-        const cache = new BlockCache(100)
-        let model: Array<{ readonly key: string; readonly bytes: Uint8Array }> = [] // least recently used first
-        const touch = (key: string) => {
-          const found = model.find((entry) => entry.key === key)
-          if (found !== undefined) model = [...model.filter((entry) => entry !== found), found]
-          return found?.bytes
-        }
-        for (const operation of operations) {
-          const key = `k${operation.key}`
-          if (operation.type === "put") {
-            const bytes = new Uint8Array(operation.bytes)
-            expect(cache.put(key, bytes)).toBe(true)
-            if (touch(key) === undefined) model.push({ key, bytes })
-            while (model.reduce((sum, entry) => sum + entry.bytes.byteLength, 0) > 100) model.shift()
-          } else if (operation.type === "has") expect(cache.has(key)).toBe(model.some((entry) => entry.key === key))
-          else expect(cache.get(key)).toBe(touch(key))
-          expect(cache.size).toBe(model.length)
-          expect(cache.bytes).toBe(model.reduce((sum, entry) => sum + entry.bytes.byteLength, 0))
-        }
-      }),
-    )
-  })
-
-  it("makes room for what is coming before it comes, and for no more than there is", () => {
-    const cache = new BlockCache(10)
-    for (const key of ["a", "b"]) cache.put(key, new Uint8Array(5))
-    expect(cache.reserve(4)).toBe(true)
-    expect([cache.has("a"), cache.has("b"), cache.bytes]).toEqual([false, true, 5])
-    expect(cache.reserve(7)).toBe(false)
-    expect(cache.has("b")).toBe(true)
-    expect(cache.put("c", new Uint8Array(7))).toBe(false)
-    cache.release(4)
-    expect(cache.put("d", new Uint8Array(4))).toBe(true)
-    expect(cache.bytes).toBe(9)
-  })
-
-  it("refuses what is larger than all of it, and keeps what it has", () => {
-    const cache = new BlockCache(10)
-    cache.put("a", new Uint8Array(10))
-    expect(cache.put("b", new Uint8Array(11))).toBe(false)
-    expect([cache.has("a"), cache.has("b")]).toEqual([true, false])
-  })
-})
 
 describe("a KV store", () => {
   let bus: MemoryBus
@@ -154,12 +101,12 @@ describe("a KV store", () => {
   })
 
   it("forgets the blocks that were used least recently beyond its bytes", async () => {
-    for (const n of upTo(10)) await put(n, block(n, 100))
+    for (const n of upTo(9)) await put(n, block(n, 100))
     await get([0], "f", 100)
     expect(await put(0, block(99, 100))).toBe(false) // here already: only touched
-    await put(10, block(10, 100))
+    await put(9, block(9, 100)) // above the high watermark: down to the low one
     await put(11, block(11, 200), "large")
-    expect([await have(upTo(11)), await have([11], "large")]).toEqual([[true, false, false, false, ...upTo(7).map(() => true)], [true]])
+    expect([await have(upTo(10)), await have([11], "large")]).toEqual([[true, false, false, false, ...upTo(6).map(() => true)], [true]])
     expect(await get([0], "f", 100)).toEqual([0])
     expect(await put(12, block(12, 1001), "larger")).toBe(false)
   })
@@ -292,7 +239,7 @@ describe("a KV store", () => {
 
 describe("a conversation whose blocks have left the pool", () => {
   const prompt = "The water comes down the penstock and turns the wheel, and the wheel turns the stones that grind the corn. ".repeat(2)
-  const start = (kvStore: { readonly replicas?: number; readonly memory?: number }, dtype: KvDtype = "f16") =>
+  const start = (kvStore: Partial<Topology["kvStore"]>, dtype: KvDtype = "f16") =>
     Cluster.start({ change: (topology) => ({ ...topology, kvStore: { ...topology.kvStore, ...kvStore }, workers: topology.workers.map((worker) => ({ ...worker, threads: 1, kv: { ...worker.kv, blocks: 16, dtype } })) }) })
   /** Asks, waits until its blocks are stored or cannot be, has others push it out of the pool, and asks again. */
   const twice = async (cluster: Cluster, isKept: boolean) => {
@@ -308,8 +255,13 @@ describe("a conversation whose blocks have left the pool", () => {
     return { first, second: await cluster.generate({ prompt }), hashes }
   }
 
-  it.each(kvDtypes)("is found in the store, in %s: only the rest is computed, and the tokens are the same", async (dtype) => {
-    const cluster = await start({}, dtype)
+  it.each([
+    ["f16", 1],
+    ["f16", 3],
+    ["int8", 1],
+    ["int4", 1],
+  ] as const)("is found in the store, in %s, where there are stores (%i): only the rest is computed, and the tokens are the same", async (dtype, replicas) => {
+    const cluster = await start({ replicas }, dtype)
     const { first, second, hashes } = await twice(cluster, true)
     expect(first.usage.cachedTokens).toBe(0)
     expect(second.usage.cachedTokens).toBe(16 * Math.min(hashes.length, Math.floor((first.promptTokens.length - 1) / 16)))
@@ -320,13 +272,79 @@ describe("a conversation whose blocks have left the pool", () => {
 
   it.each([
     ["without a store", { replicas: 0 }],
-    ["with a store that keeps nothing", { memory: 1 }],
+    ["with a store that keeps nothing", { memory: 1, disk: { path: "auto", size: 0 } }],
   ])("is computed again %s, with the same tokens and no error", async (_, kvStore) => {
     const cluster = await start(kvStore)
     const { first, second } = await twice(cluster, false)
     expect(second.usage.cachedTokens).toBe(0)
     expect(second.tokens).toEqual(first.tokens)
     await cluster.untilIdle()
+    await cluster.stop()
+  })
+})
+
+describe("a conversation that goes on after a restart", () => {
+  const prompt = "A mill stands at the river, and the river turns its wheel by day and by night, whoever sleeps and whoever wakes. ".repeat(2)
+  let folder: string
+  beforeEach(() => (folder = mkdtempSync(join(tmpdir(), "penstock-restart-"))))
+  afterEach(() => rmSync(folder, { recursive: true, force: true }))
+  const start = (kvStore: Partial<Topology["kvStore"]> = {}) =>
+    Cluster.start({ change: (topology) => ({ ...topology, kvStore: { ...topology.kvStore, disk: { path: folder, size: 2 ** 28 }, ...kvStore }, workers: topology.workers.map((worker) => ({ ...worker, threads: 1 })) }) })
+  /** Asks as this tenant, waits until all is stored, and stops. */
+  const once = async (asked: { readonly tenant?: string; readonly cacheSalt?: string }) => {
+    const cluster = await start()
+    const { worker } = cluster.node.workers.get("w0")!
+    const first = await cluster.generate({ prompt, ...asked })
+    const root = hashRoot({ modelDigest: "0".repeat(64), tenant: asked.tenant ?? "tests", cacheSalt: asked.cacheSalt })
+    const hashes = chainHashes(root, Int32Array.from(first.promptTokens), worker.engine.blockTokens)
+    const ask = cluster.link.ask(Have, subject("main", "kv-store", anyId, Have.verb), { formatId: worker.formatId, hashes: packHashes(hashes) }, { hop: "kv-store" })
+    while (!(await Effect.runPromise(ask)).present.every((here) => here));
+    await cluster.untilIdle()
+    await cluster.stop()
+    return first
+  }
+  const full = (tokens: ReadonlyArray<number>) => 16 * Math.floor((tokens.length - 1) / 16)
+
+  it("finds its blocks on disk: only the rest is computed, and the tokens are the same", async () => {
+    const first = await once({})
+    const cluster = await start()
+    const second = await cluster.generate({ prompt })
+    expect([first.usage.cachedTokens, second.usage.cachedTokens]).toEqual([0, full(first.promptTokens)])
+    expect(second.tokens).toEqual(first.tokens)
+    await cluster.stop()
+    const without = await start({ disk: { path: folder, size: 0 } })
+    const third = await without.generate({ prompt })
+    expect([third.usage.cachedTokens, third.tokens]).toEqual([0, first.tokens])
+    await without.stop()
+  })
+
+  it("never finds those of another tenant or another cache_salt", async () => {
+    const first = await once({ tenant: "alice", cacheSalt: "salt" })
+    const cluster = await start()
+    const cached = async (tenant: string, cacheSalt?: string) => {
+      const { usage, tokens } = await cluster.generate({ prompt, tenant, ...(cacheSalt === undefined ? {} : { cacheSalt }) })
+      expect(tokens).toEqual(first.tokens)
+      return usage.cachedTokens
+    }
+    expect([await cached("bob", "salt"), await cached("alice"), await cached("alice", "pepper")]).toEqual([0, 0, 0])
+    expect(await cached("alice", "salt")).toBe(full(first.promptTokens))
+    await cluster.stop()
+  })
+
+  it.each(["lru", "lfu", "length-aware"] as const)("gets the same tokens where the tiers are too small for it and give up blocks all the time (%s)", async (eviction) => {
+    const block = 4096
+    const cluster = await Cluster.start({
+      change: (topology) => ({
+        ...topology,
+        kvStore: { ...topology.kvStore, eviction, memory: 10 * block, disk: { path: folder, size: 20 * block } },
+        workers: topology.workers.map((worker) => ({ ...worker, threads: 1, kv: { ...worker.kv, blocks: 16 } })),
+      }),
+    })
+    expect(cluster.node.workers.get("w0")!.kernels.info.blockBytes).toBe(block)
+    const asked = upTo(6).map((i) => ({ prompt: upTo(100).map((token) => 3 + ((token * 7 + i) % 250)) }))
+    const alone = []
+    for (const request of asked) alone.push((await cluster.generate(request)).tokens)
+    expect((await Promise.all(asked.map((request) => cluster.generate(request)))).map(({ tokens }) => tokens)).toEqual(alone)
     await cluster.stop()
   })
 })

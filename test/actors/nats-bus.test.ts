@@ -414,6 +414,6 @@ describe("permissions by role", () => {
     expect(subscribe).toContain("ps.main.kv-store.k0.*")
     expect(subscribe).toContain("ps.main.kv-store.any.*")
     expect(subscribe).toContain("ps.main.inbox.kv-store.k0.>")
-    expect(subscribe.filter((allowed) => !/^ps\.main\.(kv-store\.(k0|any)|inbox\.kv-store\.k0|kv\.\*)\./.test(allowed))).toEqual([])
+    expect(subscribe.filter((allowed) => !/^ps\.main\.((kv-store\.(k0|any)|inbox\.kv-store\.k0|kv\.\*)\.|presence$)/.test(allowed))).toEqual([])
   })
 })

@@ -80,6 +80,11 @@ describe("the disaggregated topology with a tiny model", () => {
       await new Promise((resolve) => setTimeout(resolve, 3 * limits.heartbeatIntervalMs))
       return (await actorsOf(node)).transfers.completed
     }
+    // A scheduler that has not heard of the prefill worker yet has decode compute a prompt by itself.
+    for (let i = 0; (await actorsOf(node)).transfers.completed === 0; i++) {
+      await ask(node, `Before that ${i}`)
+      await new Promise((resolve) => setTimeout(resolve, limits.heartbeatIntervalMs))
+    }
     const before = await completed(1)
     const four = await ask(node, "My favourite thing is")
     expect(four.map((tokens) => tokens.length)).toEqual([20, 20, 20, 20])

@@ -70,6 +70,18 @@ describe.each([
     expect(second.choices[0]!.message.content).toBe(first.choices[0]!.message.content)
   })
 
+  it.skipIf(skip)("shows what its KV store has in each tier", async () => {
+    const store = async () => {
+      const { actors } = (await (await fetch(`${node.url}/actors`)).json()) as { actors: ReadonlyArray<{ kind: string; id: string; store?: { memory: Record<string, number>; disk: Record<string, number> } }> }
+      return actors.find(({ kind }) => kind === "kv-store")!.store!
+    }
+    while ((await store()).disk["blocks"] === 0) await new Promise((resolve) => setTimeout(resolve, 50))
+    const { memory, disk } = await store()
+    for (const tier of [memory, disk]) expect(Object.keys(tier)).toEqual(["blocks", "bytes", "limitBytes", "hits", "misses", "evictions"])
+    expect([memory["limitBytes"], disk["limitBytes"]]).toEqual([256 * 2 ** 20, 2 * 2 ** 30])
+    expect(memory["misses"]).toBeGreaterThan(0)
+  })
+
   it.skipIf(skip)("gives the choices of one request the tokens that their seeds give, whatever their number", async () => {
     const ask = async (n: number) => {
       const response = await fetch(`${node.url}/v1/completions`, { method: "POST", body: JSON.stringify({ model: node.modelName, prompt: "My favourite thing is", n, seed: 5, max_tokens: 10, ignore_eos: true, return_token_ids: true }) })

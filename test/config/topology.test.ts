@@ -21,7 +21,7 @@ describe("a topology file", () => {
   test("the default one is complete, and says the same as one line", () => {
     const full = loadTopology(single).topology
     expect(full).toEqual(parseTopology("penstock: 1", "/somewhere/x.yaml").topology)
-    expect(full.kvStore.memory).toBe(256 * 2 ** 20)
+    expect(full.kvStore).toEqual({ replicas: 1, memory: 256 * 2 ** 20, disk: { path: "auto", size: 2 * 2 ** 30 }, eviction: "lru" })
     expect(full.workers[0]).toEqual({ name: "w0", roles: ["prefill", "decode"], device: "cpu", threads: "auto", kv: { blocks: "auto", dtype: "f16", blockTokens: 16 }, maxBatch: 32 })
   })
 
@@ -54,7 +54,6 @@ describe("a topology file", () => {
     ["scheduler: { policy: random }", "scheduler.policy", "use cache-aware"],
     ["gateway: { replicas: 2 }", "gateway.replicas", "use 1"],
     ["workers: [{ name: a, device: cuda }]", "workers[0].device", "use cpu"],
-    ["kvStore: { disk: { size: 2GiB } }", "kvStore.disk", "use no disk key"]
   ])("%s is in the design but not built: refused, not ignored", (line, path, use) => {
     const [problem = "", ...rest] = problems(`penstock: 1\n${line}\n`)
     expect(rest).toEqual([])
@@ -95,6 +94,16 @@ describe("a topology file", () => {
   test("flags win over the file; a key file is found from the topology's folder", () => {
     const { topology } = parseTopology("penstock: 1\ngateway: { port: 1, keys: keys.txt }\n", "/somewhere/x.yaml", { host: "::1", port: 2 })
     expect(topology.gateway).toEqual({ host: "::1", port: 2, replicas: 1, keys: "/somewhere/keys.txt" })
+  })
+
+  test("the store's folder is found from the topology's, and a size of 0 goes without a disk", () => {
+    const disk = (text: string) => parseTopology(`penstock: 1\nkvStore: { disk: ${text} }\n`, "/somewhere/x.yaml").topology.kvStore.disk
+    expect([disk("{ path: kv }"), disk("{ path: /else/kv, size: 1GiB }"), disk("{ size: 0B }")]).toEqual([
+      { path: "/somewhere/kv", size: 2 ** 31 },
+      { path: "/else/kv", size: 2 ** 30 },
+      { path: "auto", size: 0 },
+    ])
+    expect(problems("penstock: 1\nkvStore: { eviction: fifo }\n")).toEqual(['single.yaml:2: kvStore.eviction: expected one of lru, lfu, length-aware, found "fifo"'])
   })
 
   test("a file that is not there", () => {

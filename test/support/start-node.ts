@@ -26,7 +26,9 @@ export interface StartNodeOptions {
 /** Brings up a preset, changed as asked, on a free port of loopback. */
 export const startNode = async (options: StartNodeOptions = {}): Promise<StartedNode> => {
   const folder = mkdtempSync(join(tmpdir(), "penstock-node-"))
-  const { topology } = loadTopology(`config/topologies/${options.preset ?? "single"}.yaml`, { host: "127.0.0.1", port: 0 })
+  const preset = loadTopology(`config/topologies/${options.preset ?? "single"}.yaml`, { host: "127.0.0.1", port: 0 }).topology
+  // Nothing that an earlier run has stored is found again.
+  const topology: Topology = { ...preset, kvStore: { ...preset.kvStore, disk: { ...preset.kvStore.disk, path: join(folder, "kv") } } }
   const path = join(folder, "tiny.gguf")
   if (options.model === undefined) await writeTinyModel(path, options.tiny)
   const model = { aliases: [], ...(options.model ?? { name: "tiny", path, sha256: "0".repeat(64) }) }

@@ -44,7 +44,7 @@ export const startPair = async (options: PairOptions): Promise<StartedPair> => {
   const digest = "0".repeat(64)
   for (const component of componentsOf(preset).flat()) {
     const context: ComponentContext = {
-      topology: { ...preset, workers, bus: "memory" },
+      topology: { ...preset, workers, bus: "memory", kvStore: { ...preset.kvStore, disk: { path: join(folder, "kv"), size: 2 ** 30 } } },
       model: { name: "tiny", aliases: [], path, sha256: component.id === "p0" ? (options.prefillDigest ?? digest) : digest },
       env: readEnv(),
       buses: { control: bus, bulk: bus },

@@ -29,7 +29,7 @@ export const writeTopology = async (extra: ReadonlyArray<string> = []): Promise<
   const folder = mkdtempSync(join(tmpdir(), "penstock-up-"))
   await writeTinyModel(join(folder, "tiny.gguf"))
   const path = join(folder, "tiny.yaml")
-  writeFileSync(path, ["penstock: 1", `model: file:${join(folder, "tiny.gguf")}`, ...extra, ""].join("\n"))
+  writeFileSync(path, ["penstock: 1", `model: file:${join(folder, "tiny.gguf")}`, ...extra, "kvStore: { disk: { path: kv } }", ""].join("\n"))
   return { folder, path }
 }
 

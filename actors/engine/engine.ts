@@ -176,7 +176,9 @@ export class Engine {
         return this.#kernels.exportLayers(Int32Array.from(blocks), range.firstLayer, range.layers, into, offset, seed)
       },
       release: () => {
-        if (this.#held.delete(table)) this.blocks.release(table)
+        if (!this.#held.delete(table)) return
+        this.blocks.release(table)
+        this.#notify() // a reservation may wait for them
       },
     }
   }

@@ -63,6 +63,21 @@ describe("an engine over fake kernels", () => {
     expectIdle(engine, kernels)
   })
 
+  it("goes on with a generation that waits for blocks which are being written out, as soon as they are", async () => {
+    const { engine, kernels } = start()
+    await new Generation(engine, specOf("a", Array.from({ length: 44 }, (_, i) => i), { maxTokens: 1 })).run()
+    const held = engine.hold(engine.blocks.knownHashes())
+    expect(held.hashes).toHaveLength(11)
+    const waits = new Generation(engine, specOf("b", Array.from({ length: 20 }, (_, i) => 100 + i), { maxTokens: 1 }))
+    const run = waits.run()
+    for (let i = 0; i < 5; i++) await turn()
+    expect(engine.load).toMatchObject({ sequences: 0, waiting: 1 })
+    held.release()
+    await run
+    expect(waits.tokens[0]).toEqual(expectedTokens(waits.spec, 0))
+    expectIdle(engine, kernels)
+  })
+
   it("computes a prompt once for all its choices, on shared blocks", async () => {
     const { engine, kernels } = start()
     const generation = await new Generation(engine, specOf("a", upTo(18, 10), { maxTokens: 3, choices: 4 })).run()

@@ -13,6 +13,7 @@ const usage = `Usage: npm run -s penstock -- COMMAND
   up [FILE] [--topology FILE] [--host H] [--port N]   run a topology here (default: config/topologies/single.yaml)
   pull MODEL                                          fetch a model and print its path
   bench bus|kv [--json]                               measure the bus, or what moving KV costs
+  bench serve [--turns N] [--topology FILE] [--json]  measure what clients see: conversations, reused KV, short chats
   --help, --version
 
 MODEL: a name of config/models.yaml, file:PATH, hf:OWNER/REPO/FILE or pypi:PROJECT==VERSION/MEMBER
@@ -41,6 +42,7 @@ const parse = (args: ReadonlyArray<string>) => {
         host: { type: "string" },
         port: { type: "string" },
         json: { type: "boolean" },
+        turns: { type: "string" },
         help: { type: "boolean", short: "h" },
         version: { type: "boolean" }
       }
@@ -71,10 +73,18 @@ const pull = async (models: ReadonlyArray<string>): Promise<number> => {
   return 0
 }
 
-const runBench = async ([name, ...more]: ReadonlyArray<string>, json: boolean): Promise<number> => {
-  if ((name !== "bus" && name !== "kv") || more.length > 0) throw new UsageError("bench: expected bus or kv")
-  const { bench } = await import("./bench/bench.ts")
-  return bench(name, { json, model: () => fetchModel(parseModel("smollm2-135m", process.cwd()), fetchOptions(readEnv())) })
+const benches = ["bus", "kv", "serve"] as const
+
+const runBench = async ([found, ...more]: ReadonlyArray<string>, values: ReturnType<typeof parse>["values"]): Promise<number> => {
+  const name = benches.find((known) => known === found)
+  if (name === undefined || more.length > 0) throw new UsageError(`bench: expected one of ${benches.join(", ")}`)
+  if (name !== "serve" && (values.topology ?? values.turns) !== undefined) throw new UsageError("--topology and --turns belong to bench serve")
+  const turns = values.turns === undefined ? 5 : /^\d{1,2}$/.test(values.turns) ? Number(values.turns) : Number.NaN
+  if (!(turns >= 2 && turns <= 20)) throw new UsageError(`--turns: expected a whole number in 2 … 20, found "${values.turns}"`)
+  const topology = values.topology ?? defaultTopology
+  const [{ bench }, { loadTopology }] = await Promise.all([import("./bench/bench.ts"), import("../config/load-topology.ts")])
+  const model = () => fetchModel(name === "serve" ? loadTopology(topology).model : parseModel("smollm2-135m", process.cwd()), fetchOptions(readEnv()))
+  return bench(name, { json: values.json === true, model, serve: { topology, turns } })
 }
 
 const main = async (args: ReadonlyArray<string>): Promise<number> => {
@@ -88,11 +98,12 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
     process.stdout.write(`${version}\n`)
     return 0
   }
-  if (command !== "up" && (values.topology ?? values.host ?? values.port) !== undefined) throw new UsageError("--topology, --host and --port belong to up")
-  if (command !== "bench" && values.json !== undefined) throw new UsageError("--json belongs to bench")
+  if (command !== "up" && (values.host ?? values.port) !== undefined) throw new UsageError("--host and --port belong to up")
+  if (command !== "up" && command !== "bench" && values.topology !== undefined) throw new UsageError("--topology belongs to up and bench serve")
+  if (command !== "bench" && (values.json ?? values.turns) !== undefined) throw new UsageError("--json and --turns belong to bench")
   switch (command) {
     case "bench":
-      return runBench(rest, values.json === true)
+      return runBench(rest, values)
     case "up":
       return up(rest, values)
     case "pull":

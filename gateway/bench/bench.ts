@@ -3,23 +3,31 @@ import { Cause, Effect, Exit, Option, type Scope } from "effect"
 import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
 import { busFigures, busTable } from "./bus.ts"
 import { kvFigures, kvTable } from "./kv.ts"
+import { serveFigures, serveTable, type ServeBenchOptions } from "./serve.ts"
 
 interface Figures {
   readonly json: unknown
   readonly text: string
 }
 
-export const benches = ["bus", "kv"] as const
-export type BenchName = (typeof benches)[number]
+export type BenchName = "bus" | "kv" | "serve"
 
-const run = (name: BenchName, model: () => Promise<ResolvedModel>): Effect.Effect<Figures, Error, Scope.Scope> =>
-  name === "bus"
-    ? Effect.map(busFigures, (figures) => ({ json: { bus: figures }, text: busTable(figures) }))
-    : Effect.map(Effect.flatMap(Effect.tryPromise({ try: model, catch: (error) => error as Error }), kvFigures), (figures) => ({ json: figures, text: kvTable(figures) }))
+export interface BenchOptions {
+  readonly json: boolean
+  readonly model: () => Promise<ResolvedModel>
+  readonly serve: ServeBenchOptions
+}
+
+const run = (name: BenchName, options: BenchOptions): Effect.Effect<Figures, Error, Scope.Scope> => {
+  if (name === "bus") return Effect.map(busFigures, (figures) => ({ json: { bus: figures }, text: busTable(figures) }))
+  const model = Effect.tryPromise({ try: options.model, catch: (error) => error as Error })
+  if (name === "kv") return Effect.map(Effect.flatMap(model, kvFigures), (figures) => ({ json: figures, text: kvTable(figures) }))
+  return Effect.map(Effect.flatMap(model, (found) => serveFigures(found, options.serve)), (figures) => ({ json: figures, text: serveTable(figures) }))
+}
 
 /** Runs a bench and resolves to the exit code. */
-export const bench = async (name: BenchName, options: { readonly json: boolean; readonly model: () => Promise<ResolvedModel> }): Promise<number> => {
-  const exit = await Effect.runPromiseExit(Effect.scoped(run(name, options.model)))
+export const bench = async (name: BenchName, options: BenchOptions): Promise<number> => {
+  const exit = await Effect.runPromiseExit(Effect.scoped(run(name, options)))
   if (Exit.isSuccess(exit)) {
     process.stdout.write(`${options.json ? JSON.stringify(exit.value.json) : exit.value.text}\n`)
     return 0

@@ -6,7 +6,6 @@ import { serve } from "../up.ts"
 
 export interface Answer {
   readonly id: string
-  readonly text: string
   /** From before the request was sent to its first token, and to its end. */
   readonly firstMs: number
   readonly lastMs: number
@@ -17,9 +16,12 @@ export interface Answer {
 
 interface Event {
   readonly id?: string
-  readonly choices?: ReadonlyArray<{ readonly token_ids?: ReadonlyArray<number> | null; readonly delta?: { readonly content?: string }; readonly text?: string }>
+  readonly choices?: ReadonlyArray<{ readonly token_ids?: ReadonlyArray<number> | null }>
   readonly usage?: { readonly prompt_tokens: number; readonly prompt_tokens_details: { readonly cached_tokens: number } } | null
   readonly error?: unknown
+  /** Of the Responses API. */
+  readonly token_ids?: ReadonlyArray<number>
+  readonly response?: { readonly id: string; readonly usage: { readonly input_tokens: number; readonly input_tokens_details: { readonly cached_tokens: number } } | null }
 }
 
 const words = "water stone wheel gate river mill light house ship night morning winter summer bread table window garden letter road bridge mountain valley forest field cloud rain wind song story friend child teacher market village city north south paper music colour number question answer reason".split(" ")
@@ -55,10 +57,15 @@ export class Client {
     return this.#stream("/v1/completions", { prompt, max_tokens: maxTokens })
   }
 
+  /** A turn that goes on from an earlier response, or begins a conversation. */
+  respond(input: string, previous: string | undefined, maxTokens: number): Promise<Answer> {
+    return this.#stream("/v1/responses", { input, previous_response_id: previous, max_output_tokens: maxTokens })
+  }
+
   async #stream(path: string, body: object): Promise<Answer> {
     const startedAtMs = performance.now()
     const response = await this.#post(path, { ...always, ...body })
-    const answer = { id: "", text: "", firstMs: Number.NaN, lastMs: 0, promptTokens: 0, cachedTokens: 0, answerTokens: 0 }
+    const answer = { id: "", firstMs: Number.NaN, lastMs: 0, promptTokens: 0, cachedTokens: 0, answerTokens: 0 }
     let rest = ""
     for await (const piece of response.body!.pipeThrough(new TextDecoderStream())) {
       const atMs = performance.now() - startedAtMs
@@ -69,16 +76,12 @@ export class Client {
         if (data === undefined) continue // a comment, or the end
         const event = JSON.parse(data) as Event
         if (event.error !== undefined) throw new Error(`${path}: ${data}`)
-        answer.id = event.id ?? answer.id
-        for (const { token_ids: ids, delta, text } of event.choices ?? []) {
-          if (ids !== undefined && ids !== null && ids.length > 0 && answer.answerTokens === 0) answer.firstMs = atMs
-          answer.answerTokens += ids?.length ?? 0
-          answer.text += delta?.content ?? text ?? ""
-        }
-        if (event.usage !== undefined && event.usage !== null) {
-          answer.promptTokens = event.usage.prompt_tokens
-          answer.cachedTokens = event.usage.prompt_tokens_details.cached_tokens
-        }
+        const drawn = event.token_ids?.length ?? event.choices?.[0]?.token_ids?.length ?? 0
+        if (drawn > 0 && answer.answerTokens === 0) answer.firstMs = atMs
+        answer.answerTokens += drawn
+        answer.id = event.response?.id ?? event.id ?? answer.id
+        answer.promptTokens = event.response?.usage?.input_tokens ?? event.usage?.prompt_tokens ?? answer.promptTokens
+        answer.cachedTokens = event.response?.usage?.input_tokens_details.cached_tokens ?? event.usage?.prompt_tokens_details.cached_tokens ?? answer.cachedTokens
       }
       answer.lastMs = atMs
     }
@@ -108,7 +111,7 @@ export const started = (topology: Topology, model: ResolvedModel): Effect.Effect
     const client = new Client(url, model.name)
     // V8 interprets what it has run less often.
     yield* Effect.promise(async () => {
-      for (let i = 0; i < 12; i++) await Promise.all(Array.from({ length: 8 }, () => client.complete([100 + i, 200, 300 - i], 4)))
+      for (let i = 0; i < 8; i++) await Promise.all(Array.from({ length: 8 }, () => client.complete([100 + i, 200, 300 - i], 4)))
     })
     return client
   })

@@ -23,35 +23,47 @@ export interface ConversationFigures {
   readonly turn2Ratio: number
   readonly promptTokens: ReadonlyArray<number>
   readonly cachedTokens: ReadonlyArray<number>
+  /** Turns, but the first, whose cached tokens are exactly the full blocks of all that was computed before. */
+  readonly exactTurns: string
 }
 
-/** One conversation: a long first message, then short ones, each answered before the next is asked. */
+/** One conversation by previous_response_id: a long first message, then short ones, each answered before the next is asked. */
 const conversation = async (client: Client, turns: number): Promise<ReadonlyArray<Answer>> => {
   const questions = [await client.text(sizes.history)]
   while (questions.length < turns) questions.push(await client.text(sizes.question))
-  const messages: Array<{ readonly role: string; readonly content: string }> = []
   const answers: Array<Answer> = []
-  for (const content of questions) {
-    messages.push({ role: "user", content })
-    const answer = await client.chat(messages, sizes.answer)
-    messages.push({ role: "assistant", content: answer.text })
-    answers.push(answer)
+  for (const question of questions) {
+    answers.push(await client.respond(question, answers.at(-1)?.id, sizes.answer))
     await rest()
   }
   return answers
 }
 
-export const conversations = async (client: Client, turns: number, streams: number, budgetMs: number): Promise<ConversationFigures> => {
-  const rounds = await repeated(budgetMs, () => Promise.all(Array.from({ length: streams }, () => conversation(client, turns))))
+/** The KV of an answer's last token is never computed, and a prompt's last token always is. */
+const expectedCached = ({ promptTokens, answerTokens }: Answer, next: Answer, blockTokens: number): number =>
+  Math.floor(Math.min(promptTokens + answerTokens - 1, next.promptTokens - 1) / blockTokens) * blockTokens
+
+export interface ConversationOptions {
+  readonly turns: number
+  /** Conversations at a time. */
+  readonly streams: number
+  readonly blockTokens: number
+  readonly budgetMs: number
+}
+
+export const conversations = async (client: Client, { turns, streams: count, blockTokens, budgetMs }: ConversationOptions): Promise<ConversationFigures> => {
+  const rounds = await repeated(budgetMs, () => Promise.all(Array.from({ length: count }, () => conversation(client, turns))))
   const all = rounds.flat()
   const ofTurn = (figure: (answer: Answer) => number) => Array.from({ length: turns }, (_, turn) => rounded(median(all.map((answers) => figure(answers[turn]!)))))
+  const later = all.flatMap((answers) => answers.slice(1).map((answer, i) => answer.cachedTokens === expectedCached(answers[i]!, answer, blockTokens)))
   return {
-    streams,
+    streams: count,
     rounds: rounds.length,
     ttftMs: ofTurn(({ firstMs }) => firstMs),
     turn2Ratio: rounded(median(all.map(([cold, second]) => second!.firstMs / cold!.firstMs))),
     promptTokens: ofTurn(({ promptTokens }) => promptTokens),
     cachedTokens: ofTurn(({ cachedTokens }) => cachedTokens),
+    exactTurns: `${later.filter(Boolean).length} of ${later.length}`,
   }
 }
 

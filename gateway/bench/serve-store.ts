@@ -74,7 +74,7 @@ export const hasDisk = ({ kvStore: { disk } }: Topology): boolean => disk !== un
 
 /** A prompt before and after everything has ended and begun again, beside one that is new. */
 export const restart = (topology: Topology, model: ResolvedModel): Effect.Effect<StoreFigures | Skipped, Error> => {
-  if (!hasDisk(topology)) return Effect.succeed({ skipped: "the topology's KV store has no disk tier (kvStore.disk)" })
+  if (!hasDisk(topology)) return Effect.succeed({ skipped: "the topology has no disk tier (kvStore.disk)" })
   const running = <A>(work: (client: Client) => Promise<A>) => Effect.scoped(Effect.flatMap(started(topology, model), (client) => Effect.promise(() => work(client))))
   return Effect.gen(function* () {
     const prompt = yield* running(async (client) => {

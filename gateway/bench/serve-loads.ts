@@ -3,7 +3,7 @@ import { median, quantile, rounded } from "./figures.ts"
 import { rest, type Answer, type Client } from "./serve-client.ts"
 
 /** Sizes in tokens. */
-export const sizes = { history: 2_000, question: 40, answer: 32, systemPrompt: 1_500, loadPrompt: 100, loadAnswer: 64 } as const
+export const sizes = { history: 2_000, question: 40, answer: 24, systemPrompt: 1_500, loadPrompt: 100, loadAnswer: 64 } as const
 
 /** Repeats a measurement for this long, and at least once. */
 export const repeated = async <A>(budgetMs: number, measure: () => Promise<A>): Promise<ReadonlyArray<A>> => {
@@ -27,16 +27,18 @@ export interface ConversationFigures {
   readonly exactTurns: string
 }
 
-/** One conversation by previous_response_id: a long first message, then short ones, each answered before the next is asked. */
-const conversation = async (client: Client, turns: number): Promise<ReadonlyArray<Answer>> => {
-  const questions = [await client.text(sizes.history)]
-  while (questions.length < turns) questions.push(await client.text(sizes.question))
-  const answers: Array<Answer> = []
-  for (const question of questions) {
-    answers.push(await client.respond(question, answers.at(-1)?.id, sizes.answer))
+/**
+ * Conversations by previous_response_id: a long first message, then short ones. All ask a turn at the same moment, and the next
+ * when all are answered, so that a second turn does not wait for the first of another.
+ */
+const converse = async (client: Client, turns: number, count: number): Promise<ReadonlyArray<ReadonlyArray<Answer>>> => {
+  const all = Array.from({ length: count }, (): Array<Answer> => [])
+  for (let turn = 0; turn < turns; turn++) {
+    const questions = await Promise.all(all.map(() => client.text(turn === 0 ? sizes.history : sizes.question)))
+    await Promise.all(all.map(async (answers, i) => answers.push(await client.respond(questions[i]!, answers.at(-1)?.id, sizes.answer))))
     await rest()
   }
-  return answers
+  return all
 }
 
 /** The KV of an answer's last token is never computed, and a prompt's last token always is. */
@@ -52,7 +54,7 @@ export interface ConversationOptions {
 }
 
 export const conversations = async (client: Client, { turns, streams: count, blockTokens, budgetMs }: ConversationOptions): Promise<ConversationFigures> => {
-  const rounds = await repeated(budgetMs, () => Promise.all(Array.from({ length: count }, () => conversation(client, turns))))
+  const rounds = await repeated(budgetMs, () => converse(client, turns, count))
   const all = rounds.flat()
   const ofTurn = (figure: (answer: Answer) => number) => Array.from({ length: turns }, (_, turn) => rounded(median(all.map((answers) => figure(answers[turn]!)))))
   const later = all.flatMap((answers) => answers.slice(1).map((answer, i) => answer.cachedTokens === expectedCached(answers[i]!, answer, blockTokens)))

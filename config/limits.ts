@@ -89,9 +89,16 @@ export const limits = {
   webSockets: 256,
   /** Responses waiting on one WebSocket connection. */
   webSocketQueue: 16,
-  /** Earlier responses that a WebSocket connection can be continued from, and the characters kept for them. */
+  /** Earlier responses that a WebSocket connection can be continued from, and the bytes kept for them. */
   webSocketTurns: 16,
-  webSocketTurnChars: 4 * 1024 * 1024,
+  webSocketTurnBytes: 8 * 1024 * 1024,
+  /** How long a completed response is kept for whoever asks for it or goes on from it, unless its request says store: false … */
+  storedResponseMs: 3_600_000,
+  /** … and how many of one tenant, in how many bytes; the oldest go first. */
+  storedResponses: 1_024,
+  storedResponseBytes: 64 * 1024 * 1024,
+  /** What has outlived its time is forgotten this often. */
+  storedResponseSweepMs: 10_000,
   /** Bytes waiting in a WebSocket's buffer above which nothing more is read for it. */
   webSocketBufferBytes: 64 * 1024,
   /** Attempts of one generation whose request actor is lost, the first included, and the wait before the second (then doubling). */
@@ -221,6 +228,8 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.maxBatch <= limits.stepOutputs, "maxBatch <= stepOutputs"],
   [limits.choices < limits.maxBatch, "choices < maxBatch"],
   [limits.askDeadlineMs < limits.placementLeaseMs, "askDeadlineMs < placementLeaseMs"],
+  [limits.storedResponseSweepMs * 10 <= limits.storedResponseMs, "storedResponseSweepMs * 10 <= storedResponseMs"],
+  [limits.webSocketTurnBytes <= limits.storedResponseBytes, "webSocketTurnBytes <= storedResponseBytes"],
   [limits.clientKeepAliveMs * 2 <= limits.clientStallMs, "clientKeepAliveMs * 2 <= clientStallMs"],
 ]
 

@@ -8,6 +8,7 @@ import type { Link } from "../actors/runtime/link.ts"
 import type { Admission, Stop } from "./admission.ts"
 import { ApiError, asApiError, invalid, modelNotFound } from "./errors.ts"
 import type { Keys } from "./keys.ts"
+import type { StoredResponses } from "./stored-responses.ts"
 
 export interface ServedModel {
   readonly id: string
@@ -24,6 +25,7 @@ export interface GatewayContext {
   readonly model: ServedModel
   readonly keys: Keys
   readonly admission: Admission
+  readonly stored: StoredResponses
   readonly members: Members
   readonly ready: () => { readonly ready: boolean; readonly reason?: string }
   readonly keepAliveMs: number
@@ -85,8 +87,11 @@ export const checkModel = (gateway: GatewayContext, model: string): void => {
 export const messagesBytes = (messages: ReadonlyArray<{ readonly role: string; readonly content: string; readonly name?: string }>): number =>
   messages.reduce((bytes, { role, content, name }) => bytes + Buffer.byteLength(content) + Buffer.byteLength(role) + Buffer.byteLength(name ?? "") + limits.messageOverheadBytes, 0)
 
+/** Bytes of a prompt that cross the bus in one message. */
+export const mostPromptBytes = (gateway: GatewayContext): number => Math.min(gateway.link.bus.maxPayloadBytes, limits.maxPayloadBytes) - 64 * 1024 // the rest of the message
+
 /** Throws where a prompt cannot cross the bus in one message: it is far beyond any context then. */
 export const checkPromptBytes = (gateway: GatewayContext, param: string, bytes: number): void => {
-  const most = Math.min(gateway.link.bus.maxPayloadBytes, limits.maxPayloadBytes) - 64 * 1024 // the rest of the message
+  const most = mostPromptBytes(gateway)
   if (bytes > most) throw invalid(param, `${bytes} bytes are more than one request may hold (${most})`, "context_length_exceeded")
 }

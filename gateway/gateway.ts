@@ -16,6 +16,7 @@ import { GatewayError } from "./gateway-error.ts"
 import { isLoopback } from "./host.ts"
 import { noKeys, readKeys, type Keys } from "./keys.ts"
 import { app } from "./router.ts"
+import { StoredResponses } from "./stored-responses.ts"
 import { WebSockets } from "./upgrade.ts"
 
 export { GatewayError } from "./gateway-error.ts"
@@ -42,6 +43,7 @@ interface Bounds {
   readonly bodyBytes: number
   readonly requests: number
   readonly shutdownGraceMs: number
+  readonly storedResponseMs: number
 }
 
 const defaultBounds: Bounds = {
@@ -50,6 +52,7 @@ const defaultBounds: Bounds = {
   bodyBytes: limits.bodyBytes,
   requests: limits.gatewayRequests,
   shutdownGraceMs: limits.shutdownGraceMs,
+  storedResponseMs: limits.storedResponseMs,
 }
 
 /**
@@ -65,12 +68,15 @@ export const gateway = (options: GatewayOptions): Effect.Effect<{ readonly url: 
       model: options.model,
       keys: yield* Effect.try({ try: () => keysFor(options), catch: (error) => error as GatewayError }),
       admission: new Admission(bounds.requests),
+      stored: new StoredResponses(bounds.storedResponseMs),
       members: options.members ?? (yield* Members.listen(options.bus, options.cluster)),
       ready: options.ready,
       keepAliveMs: bounds.keepAliveMs,
       stallMs: bounds.stallMs,
       bodyBytes: bounds.bodyBytes,
     }
+    const sweep = Effect.sync(() => context.stored.expire())
+    yield* Effect.forkScoped(Effect.forever(Effect.andThen(Effect.sleep(limits.storedResponseSweepMs), sweep)))
     const handling = yield* Scope.make() // of the handlers' fibers, which outlive the first steps of the shutdown
     const services = yield* Effect.context<never>()
     // Node's own server around effect's handler: effect's server keeps neither the codes of listen errors nor a way to

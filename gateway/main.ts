@@ -15,6 +15,7 @@ const usage = `Usage: npm run -s penstock -- COMMAND
   bench bus|kv [--json]                               measure the bus, or what moving KV costs
   bench kernels [--model MODEL] [--vs llama.cpp|openvino] [--text FILE] [--json]
                                                       measure the native engine, beside another where --vs names one
+  bench serve [--turns N] [--topology FILE] [--json]  measure what clients see: conversations, reused KV, short chats
   --help, --version
 
 MODEL: a name of config/models.yaml, file:PATH, hf:OWNER/REPO/FILE or pypi:PROJECT==VERSION/MEMBER
@@ -46,6 +47,7 @@ const parse = (args: ReadonlyArray<string>) => {
         model: { type: "string" },
         vs: { type: "string" },
         text: { type: "string" },
+        turns: { type: "string" },
         help: { type: "boolean", short: "h" },
         version: { type: "boolean" }
       }
@@ -76,22 +78,23 @@ const pull = async (models: ReadonlyArray<string>): Promise<number> => {
   return 0
 }
 
-const benches = ["bus", "kv", "kernels"] as const
+const benches = ["bus", "kv", "kernels", "serve"] as const
 const peers = ["llama.cpp", "openvino"] as const
 
 const runBench = async ([found, ...more]: ReadonlyArray<string>, values: ReturnType<typeof parse>["values"]): Promise<number> => {
   const name = benches.find((known) => known === found)
   if (name === undefined || more.length > 0) throw new UsageError(`bench: expected one of ${benches.join(", ")}`)
   if (name !== "kernels" && (values.model ?? values.vs ?? values.text) !== undefined) throw new UsageError("--model, --vs and --text belong to bench kernels")
+  if (name !== "serve" && (values.topology ?? values.turns) !== undefined) throw new UsageError("--topology and --turns belong to bench serve")
   const vs = peers.find((known) => known === values.vs)
   if (values.vs !== undefined && vs === undefined) throw new UsageError(`--vs: expected one of ${peers.join(", ")}, found "${values.vs}"`)
+  const turns = values.turns === undefined ? 5 : /^\d{1,2}$/.test(values.turns) ? Number(values.turns) : Number.NaN
+  if (!(turns >= 2 && turns <= 20)) throw new UsageError(`--turns: expected a whole number in 2 … 20, found "${values.turns}"`)
+  const topology = values.topology ?? defaultTopology
   const env = readEnv()
-  const { bench } = await import("./bench/bench.ts")
-  return bench(name, {
-    json: values.json === true,
-    model: () => fetchModel(parseModel(values.model ?? "smollm2-135m", process.cwd()), fetchOptions(env)),
-    kernels: { vs, text: values.text, env },
-  })
+  const [{ bench }, { loadTopology }] = await Promise.all([import("./bench/bench.ts"), import("../config/load-topology.ts")])
+  const model = () => fetchModel(name === "serve" ? loadTopology(topology).model : parseModel(values.model ?? "smollm2-135m", process.cwd()), fetchOptions(env))
+  return bench(name, { json: values.json === true, model, kernels: { vs, text: values.text, env }, serve: { topology, turns } })
 }
 
 const main = async (args: ReadonlyArray<string>): Promise<number> => {
@@ -105,9 +108,9 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
     process.stdout.write(`${version}\n`)
     return 0
   }
-  if (command !== "up" && (values.topology ?? values.host ?? values.port) !== undefined) throw new UsageError("--topology, --host and --port belong to up")
-  if (command !== "bench" && values.json !== undefined) throw new UsageError("--json belongs to bench")
-  if (command !== "bench" && (values.model ?? values.vs ?? values.text) !== undefined) throw new UsageError("--model, --vs and --text belong to bench kernels")
+  if (command !== "up" && (values.host ?? values.port) !== undefined) throw new UsageError("--host and --port belong to up")
+  if (command !== "up" && command !== "bench" && values.topology !== undefined) throw new UsageError("--topology belongs to up and bench serve")
+  if (command !== "bench" && (values.json ?? values.turns ?? values.model ?? values.vs ?? values.text) !== undefined) throw new UsageError("--json, --turns, --model, --vs and --text belong to bench")
   switch (command) {
     case "bench":
       return runBench(rest, values)

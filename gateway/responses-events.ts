@@ -4,6 +4,7 @@
  */
 import { randomUUID } from "node:crypto"
 import type { FinishReason, GenerateEvent, TokenLogprob, Usage } from "../actors/messages/request.ts"
+import { packTokens } from "../actors/messages/tokens.ts"
 import { noUsage } from "./answer.ts"
 import type { ApiError } from "./errors.ts"
 import { chatLogprobs } from "./logprobs.ts"
@@ -19,6 +20,24 @@ type Status = "in_progress" | "completed" | "incomplete" | "failed"
 
 export const responseId = (): string => `resp_${randomUUID().replaceAll("-", "")}`
 
+/** A response that has come to its end. */
+export interface Ended {
+  readonly response: object
+  readonly text: string
+  readonly finish: FinishReason
+  /** Of the prompt and the answer. */
+  readonly tokens: Uint8Array // int32 little-endian
+}
+
+export interface ResponseOptions {
+  readonly id: string
+  readonly request: ResponsesRequest
+  readonly model: string
+  readonly withLogprobs: boolean
+  /** Called before the last event goes out, so that whoever has seen that can go on from it. */
+  readonly ended: (ended: Ended) => void
+}
+
 export class ResponseEvents {
   readonly #id: string
   readonly #itemId = `msg_${randomUUID().replaceAll("-", "")}`
@@ -26,23 +45,22 @@ export class ResponseEvents {
   readonly #request: ResponsesRequest
   readonly #model: string
   readonly #withLogprobs: boolean
+  readonly #ended: (ended: Ended) => void
   readonly #logprobs: Array<TokenLogprob> = []
   #sequence = 0
   #text = ""
+  #prompt: Uint8Array = new Uint8Array(0)
   #tokens: Array<number> = []
   #finish: FinishReason = "length"
   #usage: Usage = noUsage
   #started = false
 
-  constructor(id: string, request: ResponsesRequest, model: string, withLogprobs: boolean) {
+  constructor({ id, request, model, withLogprobs, ended }: ResponseOptions) {
     this.#id = id
     this.#request = request
     this.#model = model
     this.#withLogprobs = withLogprobs
-  }
-
-  get text(): string {
-    return this.#text
+    this.#ended = ended
   }
 
   get started(): boolean {
@@ -57,6 +75,7 @@ export class ResponseEvents {
   accept(event: GenerateEvent): ReadonlyArray<ResponseEvent> {
     switch (event.type) {
       case "prompt":
+        this.#prompt = event.tokens
         return this.#start()
       case "scores":
         return []
@@ -93,7 +112,7 @@ export class ResponseEvents {
       output: status === "in_progress" || request.generate === false ? [] : [this.#item(status === "completed" ? "completed" : "incomplete")],
       parallel_tool_calls: true,
       previous_response_id: request.previous_response_id ?? null,
-      store: false,
+      store: request.store !== false,
       temperature: request.temperature ?? 1,
       text: { format: { type: "text" } },
       tool_choice: "auto",
@@ -120,7 +139,7 @@ export class ResponseEvents {
   #delta(event: Extract<GenerateEvent, { type: "delta" }>): ReadonlyArray<ResponseEvent> {
     if (event.finish !== undefined) this.#finish = event.finish
     const withIds = this.#request.return_token_ids === true
-    if (withIds) this.#tokens.push(...event.tokens)
+    this.#tokens.push(...event.tokens)
     this.#text += event.text
     const logprobs = this.#withLogprobs ? (event.logprobs ?? []) : []
     this.#logprobs.push(...logprobs)
@@ -130,14 +149,18 @@ export class ResponseEvents {
   }
 
   #end(): ReadonlyArray<ResponseEvent> {
-    if (this.#request.generate === false) return [...this.#start(), this.#event("response.completed", { response: this.response("completed") })]
-    const status = this.#finish === "stop" ? "completed" : "incomplete"
+    const warmed = this.#request.generate === false
+    const status = warmed || this.#finish === "stop" ? "completed" : "incomplete"
+    const response = this.response(status)
+    const tokens = Buffer.concat([this.#prompt, packTokens(this.#tokens)])
+    this.#ended({ response, text: this.#text, finish: this.#finish, tokens })
+    if (warmed) return [...this.#start(), this.#event("response.completed", { response })]
     return [
       ...this.#start(),
       this.#event("response.output_text.done", { ...this.#place(), text: this.#text, logprobs: chatLogprobs(this.#logprobs) }),
       this.#event("response.content_part.done", { ...this.#place(), part: this.#part() }),
       this.#event("response.output_item.done", { output_index: 0, item: this.#item(status) }),
-      this.#event(`response.${status}`, { response: this.response(status) }),
+      this.#event(`response.${status}`, { response }),
     ]
   }
 

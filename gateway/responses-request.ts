@@ -1,14 +1,15 @@
 /** The fields of the Responses API, over HTTP and WebSocket alike. */
 import { Schema } from "effect"
 import { limits } from "../config/limits.ts"
-import type { ChatMessage } from "../actors/messages/request.ts"
-import { checkModel, checkPromptBytes, messagesBytes, type Call, type GatewayContext } from "./call.ts"
+import type { ChatMessage, FinishReason } from "../actors/messages/request.ts"
+import { checkModel, checkPromptBytes, messagesBytes, mostPromptBytes, type Call, type GatewayContext } from "./call.ts"
 import { decoder, show } from "./decode.ts"
 import { invalid, notSupported } from "./errors.ts"
 import type { GenerateOrder } from "./generation.ts"
 import { contentFields, formatField, messageContent, refuseFormat, refuseTools, toolFields } from "./messages.ts"
 import { drawingOf } from "./sampling.ts"
 import { flag, maxInt, modelField, optional, samplingFields, text, whole } from "./schemas.ts"
+import type { Turn } from "./turns.ts"
 
 const roles = ["system", "developer", "user", "assistant"] as const
 
@@ -25,6 +26,8 @@ const ResponsesRequest = Schema.Struct({
   max_output_tokens: whole(1, maxInt),
   metadata: optional("an object of strings", Schema.Record(Schema.String, Schema.String)),
   previous_response_id: text,
+  /** Absent: true, as with OpenAI. */
+  store: flag,
   top_logprobs: whole(0, limits.topLogprobs),
   include: optional("an array of strings", Schema.Array(Schema.String)),
   text: optional("an object", Schema.Struct({ format: formatField })),
@@ -56,8 +59,10 @@ export const inputMessages = (input: ResponsesRequest["input"]): ReadonlyArray<C
   })
 }
 
-/** What is asked for; `earlier` are the messages of the conversation that it goes on from. Throws an ApiError 400 or 404. */
-export const responsesOrder = (gateway: GatewayContext, call: Pick<Call, "tenant">, id: string, body: ResponsesRequest, earlier: ReadonlyArray<ChatMessage>): GenerateOrder => {
+const instructionsOf = ({ instructions }: ResponsesRequest): string | undefined => instructions ?? undefined
+
+/** What is asked for; `earlier` is the turn that it goes on from. Throws an ApiError 400 or 404. */
+export const responsesOrder = (gateway: GatewayContext, call: Pick<Call, "tenant">, id: string, body: ResponsesRequest, earlier: Turn | undefined): GenerateOrder => {
   checkModel(gateway, body.model)
   refuseTools(body)
   refuseFormat("text.format", body.text?.format)
@@ -65,18 +70,33 @@ export const responsesOrder = (gateway: GatewayContext, call: Pick<Call, "tenant
   if (body.background === true) throw notSupported("background", "a response in the background")
   if (body.conversation !== undefined && body.conversation !== null) throw notSupported("conversation", "a stored conversation")
   if (body.prompt !== undefined && body.prompt !== null) throw notSupported("prompt", "a stored prompt")
-  const instructions: ReadonlyArray<ChatMessage> = typeof body.instructions === "string" ? [{ role: "system", content: body.instructions }] : []
-  const messages = [...instructions, ...earlier, ...inputMessages(body.input)]
+  const instructions = instructionsOf(body)
+  const system: ReadonlyArray<ChatMessage> = instructions === undefined ? [] : [{ role: "system", content: instructions }]
+  const messages = [...system, ...(earlier?.messages ?? []), ...inputMessages(body.input)]
   if (messages.length === 0) throw invalid("input", "expected at least one message, found an empty array")
   checkPromptBytes(gateway, "input", messagesBytes(messages))
+  const answered = earlier?.answered
+  // Under other instructions it is another prompt from its beginning. Ids that do not fit the message can be told from the text.
+  const goesOn = answered !== undefined && answered.instructions === instructions && messagesBytes(messages) + answered.tokens.byteLength <= mostPromptBytes(gateway)
   return {
     requestId: id,
     tenant: call.tenant,
-    prompt: { kind: "chat", messages },
+    prompt: { kind: "chat", messages, ...(goesOn ? { continues: { tokens: answered.tokens, messages: system.length + answered.messages } } : {}) },
     choices: 1,
     ...drawingOf(body),
     maxTokens: body.generate === false ? 0 : (body.max_output_tokens ?? undefined),
     logprobs: (body.include ?? []).includes(logprobsInclude) ? (body.top_logprobs ?? 0) : undefined,
     promptLogprobs: false,
   }
+}
+
+/** The conversation once it is answered; the ids are those of the prompt and of the answer. */
+export const turnAfter = (earlier: Turn | undefined, body: ResponsesRequest, answer: { readonly text: string; readonly finish: FinishReason; readonly tokens: Uint8Array }): Turn => {
+  const asked = [...(earlier?.messages ?? []), ...inputMessages(body.input)]
+  if (body.generate === false) return { messages: asked, answered: earlier?.answered }
+  const messages = [...asked, { role: "assistant", content: answer.text }]
+  // What a stop of the client's own has ended was drawn further than its text goes.
+  const stops = (body.stop ?? []).length > 0 || (body.stop_token_ids ?? []).length > 0
+  const answered = stops && answer.finish === "stop" ? earlier?.answered : { tokens: answer.tokens, messages: messages.length, instructions: instructionsOf(body) }
+  return { messages, answered }
 }

@@ -13,10 +13,10 @@ import { asApiError, clientGone, fromFault, internalError, invalid, reportDefect
 import type { Stop } from "./admission.ts"
 import type { Batch } from "./generation.ts"
 import { previousNotFound } from "./responses.ts"
-import { errorEvent, ResponseEvents, responseId, type ResponseEvent } from "./responses-events.ts"
+import { errorEvent, ResponseEvents, responseId, type Ended, type ResponseEvent } from "./responses-events.ts"
 import { responsesPath } from "./router.ts"
-import { decodeResponses, inputMessages, responsesOrder } from "./responses-request.ts"
-import { Turns } from "./turns.ts"
+import { decodeResponses, responsesOrder, turnAfter, type ResponsesRequest } from "./responses-request.ts"
+import { Turns, type Turn } from "./turns.ts"
 
 export interface SocketPeer {
   readonly tenant: string
@@ -30,7 +30,9 @@ export class ResponsesSocket {
   readonly #socket: NodeWS.WebSocket
   readonly #peer: SocketPeer
   readonly #queue: Array<string> = []
-  readonly #turns = new Turns()
+  /** Its own last responses, those with store: false too. */
+  readonly #turns = new Turns({ count: limits.webSocketTurns, bytes: limits.webSocketTurnBytes, lifetimeMs: Number.POSITIVE_INFINITY })
+  readonly #deleted: () => void
   readonly #pings: NodeJS.Timeout
   #unanswered = 0 // pings since the client was last heard of
   #stop: Stop | undefined
@@ -46,6 +48,7 @@ export class ResponsesSocket {
     socket.on("pong", () => (this.#unanswered = 0))
     socket.on("error", () => {}) // a protocol error of the client's; "close" follows
     socket.on("close", () => this.#close())
+    this.#deleted = gateway.stored.onDelete((id) => this.#turns.delete(id))
     this.#pings = setInterval(() => this.#ping(), gateway.keepAliveMs)
   }
 
@@ -106,22 +109,24 @@ export class ResponsesSocket {
     }
     const batch = yield* openBatch(gateway, { onStop }, id, [order])
     if (this.#socket.readyState !== this.#socket.OPEN) batch.stop(clientGone)
-    const events = new ResponseEvents(id, body, gateway.model.id, order.logprobs !== undefined)
-    const complete = yield* attempt(() => this.#stream(batch, events))
-    if (!complete) return
-    const answer = body.generate === false ? [] : [{ role: "assistant", content: events.text }]
-    this.#turns.add(id, [...earlier, ...inputMessages(body.input), ...answer])
+    const events = new ResponseEvents({ id, request: body, model: gateway.model.id, withLogprobs: order.logprobs !== undefined, ended: (ended) => this.#keep(id, earlier, body, ended) })
+    yield* attempt(() => this.#stream(batch, events))
   })
 
-  #earlier(previous: string | undefined) {
-    if (previous === undefined) return []
-    const messages = this.#turns.get(previous)
-    if (messages === undefined) throw previousNotFound(previous, `a connection keeps its own last ${limits.webSocketTurns} completed responses`)
-    return messages
+  #earlier(previous: string | undefined): Turn | undefined {
+    if (previous === undefined) return undefined
+    const turn = this.#turns.get(previous) ?? this.#gateway.stored.get(this.#peer.tenant, previous)
+    if (turn === undefined) throw previousNotFound(this.#gateway, previous)
+    return turn
   }
 
-  /** Whether the response came to its end. */
-  async #stream(batch: Batch, events: ResponseEvents): Promise<boolean> {
+  #keep(id: string, earlier: Turn | undefined, body: ResponsesRequest, ended: Ended): void {
+    const turn = turnAfter(earlier, body, ended)
+    this.#turns.add(id, turn)
+    if (body.store !== false) this.#gateway.stored.add(this.#peer.tenant, id, { ...turn, response: JSON.stringify(ended.response) })
+  }
+
+  async #stream(batch: Batch, events: ResponseEvents): Promise<void> {
     try {
       for (let item = await batch.next(); item !== undefined; item = await batch.next()) {
         if (this.#socket.readyState !== this.#socket.OPEN) throw clientGone // "close" comes only once the peer has answered
@@ -131,12 +136,10 @@ export class ResponsesSocket {
           this.#unanswered = 0 // slow is not silent: its pong waits behind all this
         }
       }
-      return true
     } catch (error) {
       const expected = asApiError(error)
       if (!events.started || expected === undefined) throw error
       void this.#send(events.fail(expected))
-      return false
     } finally {
       this.#stop = undefined
     }
@@ -158,6 +161,7 @@ export class ResponsesSocket {
 
   #close(): void {
     clearInterval(this.#pings)
+    this.#deleted()
     this.#queue.length = 0
     this.#stop?.(clientGone)
   }

@@ -11,11 +11,11 @@ import { attempt, json, type GatewayContext, type Handler } from "./call.ts"
 import { completions } from "./completions.ts"
 import { ApiError, asApiError, internalError, reportDefect, shuttingDown, fromFault } from "./errors.ts"
 import { corsHeaders, preflightHeaders, refuseForeignPage } from "./host.ts"
-import { responses } from "./responses.ts"
+import { deleteResponse, oneResponse, responses } from "./responses.ts"
 import { detokenize, health, models, oneModel, ready, tokenize } from "./simple-routes.ts"
 
 interface Route {
-  readonly method: "GET" | "POST"
+  readonly method: "GET" | "POST" | "DELETE"
   /** Ends with `/*` where the rest of the path is the handler's. */
   readonly path: string
   /** Answers without a key, and is not counted as an open request: for probes. */
@@ -32,6 +32,8 @@ const routes: ReadonlyArray<Route> = [
   { method: "POST", path: "/v1/chat/completions", handler: chatCompletions },
   { method: "POST", path: "/v1/completions", handler: completions },
   { method: "POST", path: "/v1/responses", handler: responses },
+  { method: "GET", path: "/v1/responses/*", handler: oneResponse },
+  { method: "DELETE", path: "/v1/responses/*", handler: deleteResponse },
   { method: "POST", path: "/tokenize", handler: tokenize },
   { method: "POST", path: "/detokenize", handler: detokenize },
 ]

@@ -16,7 +16,12 @@ export const ChatMessage = Schema.Struct({
 export type ChatMessage = typeof ChatMessage.Type
 
 export const Prompt = Schema.Union([
-  Schema.Struct({ kind: Schema.Literal("chat"), messages: Schema.Array(ChatMessage) }),
+  Schema.Struct({
+    kind: Schema.Literal("chat"),
+    messages: Schema.Array(ChatMessage),
+    /** The ids that the first messages had: of a prompt and of its answer, which is the last of them. */
+    continues: Schema.optional(Schema.Struct({ tokens: Schema.Uint8Array /* int32 little-endian */, messages: count })),
+  }),
   /** Plain text, tokenised with the model's beginning-of-sequence rule. */
   Schema.Struct({ kind: Schema.Literal("text"), text: Schema.String }),
   Schema.Struct({ kind: Schema.Literal("tokens"), tokens: Schema.Uint8Array }), // int32 little-endian

@@ -21,6 +21,13 @@ export interface ChatOptions {
   readonly limit?: number
 }
 
+/** The beginning of a conversation as it was prompted and answered. */
+export interface Earlier {
+  readonly tokens: Int32Array
+  /** How many messages these are; the last of them is the answer. */
+  readonly messages: number
+}
+
 const invalid = (message: string, param: string): Fault => new Fault({ code: "invalid_request", message, hop: "chat template", param })
 
 /** `[{type: "text", text}]` becomes the text; other kinds of part are refused by name. */
@@ -135,10 +142,44 @@ export class ChatTemplate {
    * @throws Fault as `render`
    */
   encode(messages: ReadonlyArray<ChatMessage>, options: ChatOptions = {}): Array<number> {
+    const { marks, input } = this.#marked(messages, options)
+    const ids = this.#tokenise(this.#render(input, options), marks, options.limit)
+    const bos = this.#tokenizer.bos
+    return this.#tokenizer.addBos && bos !== undefined && ids[0] !== bos ? [bos, ...ids] : ids
+  }
+
+  /**
+   * The same prompt where its first messages have ids already: those of an earlier prompt and of the answer to it, which the
+   * model drew and which its text need not give again. Only what the template writes behind that answer is tokenised.
+   * Undefined where the template does not write the earlier prompt, the answer (give or take white space around it) and then
+   * the rest, as one that drops an earlier answer's reasoning: then there is nothing to go on from.
+   * @throws Fault as `render`
+   */
+  encodeAfter(earlier: Earlier, messages: ReadonlyArray<ChatMessage>, options: ChatOptions = {}): Array<number> | undefined {
+    if (earlier.messages < 2 || messages[earlier.messages - 1]?.role !== "assistant") return undefined
+    const { marks, input: marked } = this.#marked(messages, options)
+    const answer = marked.messages[earlier.messages - 1]?.content
+    if (typeof answer !== "string") return undefined
+    const before = this.#render({ ...marked, messages: marked.messages.slice(0, earlier.messages - 1) }, { ...options, addGenerationPrompt: true })
+    const rendered = this.#render(marked, options)
+    if (!rendered.startsWith(before)) return undefined
+    const said = [answer, answer.trim()].find((text) => rendered.startsWith(text, before.length))
+    if (said === undefined) return undefined
+    // The token that ended the answer is one that the template writes.
+    const ended = this.#tokenizer.endOfGeneration.has(earlier.tokens.at(-1) ?? -1)
+    const ids = [...(ended ? earlier.tokens.subarray(0, -1) : earlier.tokens)]
+    const limit = options.limit === undefined ? undefined : options.limit - ids.length
+    return [...ids, ...this.#tokenise(rendered.slice(before.length + said.length), marks, limit)]
+  }
+
+  /** What the template is given, with marks in the client's strings. */
+  #marked(messages: ReadonlyArray<ChatMessage>, options: ChatOptions) {
     const input = { messages: messages.map(flattenContent), tools: options.tools, variables: options.variables }
     const marks = new Marks(this.#tokenizer.controlTexts, JSON.stringify(input))
-    const rendered = this.#render(mapStrings(withoutAbsent(input), (text) => marks.put(text)) as typeof input, options)
-    const limit = options.limit ?? Number.POSITIVE_INFINITY
+    return { marks, input: mapStrings(withoutAbsent(input), (text) => marks.put(text)) as typeof input }
+  }
+
+  #tokenise(rendered: string, marks: Marks, limit = Number.POSITIVE_INFINITY): Array<number> {
     const ids: Array<number> = []
     const plain = (text: string) => {
       const taken = marks.take(text)
@@ -155,8 +196,7 @@ export class ChatTemplate {
       }
     }
     plain(rendered.slice(end))
-    const bos = this.#tokenizer.bos
-    return this.#tokenizer.addBos && bos !== undefined && ids[0] !== bos ? [bos, ...ids] : ids
+    return ids
   }
 
   #render(

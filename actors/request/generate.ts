@@ -174,6 +174,8 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
       [attributes.usageCachedInputTokens]: cachedTokens ?? 0,
       [attributes.responseFinishReasons]: outputs.map(({ finish }) => finish ?? "length"),
     })
+    // Whoever would have the KV store hold a live conversation's blocks for a while asks it here: those of the prompt and of the
+    // answer, but for its last token, whose KV was never computed.
     emit({ type: "done", usage: { promptTokens: request.prompt.length, completionTokens, cachedTokens: cachedTokens ?? 0 } })
   }).pipe(
     Effect.withSpan(spans.requestGenerate, {

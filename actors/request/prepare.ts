@@ -36,8 +36,13 @@ const hop = "request"
 
 const tokenise = ({ tokenizer, template, contextTokens }: ServedModel, prompt: GenerateMessage["prompt"]): Int32Array => {
   switch (prompt.kind) {
-    case "chat":
-      return Int32Array.from(template.encode(prompt.messages, { limit: contextTokens }))
+    case "chat": {
+      const { messages, continues } = prompt
+      const options = { limit: contextTokens }
+      const earlier = continues === undefined ? undefined : { tokens: unpackTokens(continues.tokens, "continues"), messages: continues.messages }
+      // Where the template does not let it go on from these, the whole conversation is tokenised from its text again.
+      return Int32Array.from((earlier === undefined ? undefined : template.encodeAfter(earlier, messages, options)) ?? template.encode(messages, options))
+    }
     case "text":
       return Int32Array.from(tokenizer.encode(prompt.text, { special: true, bos: true, limit: contextTokens }))
     case "tokens":

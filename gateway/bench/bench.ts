@@ -4,25 +4,28 @@ import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
 import { busFigures, busTable } from "./bus.ts"
 import { kernelsFigures, kernelsJson, kernelsTable, type KernelsOptions } from "./kernels.ts"
 import { kvFigures, kvTable } from "./kv.ts"
+import { serveFigures, serveTable, type ServeBenchOptions } from "./serve.ts"
 
 interface Figures {
   readonly json: unknown
   readonly text: string
 }
 
-export type BenchName = "bus" | "kv" | "kernels"
+export type BenchName = "bus" | "kv" | "kernels" | "serve"
 
 export interface BenchOptions {
   readonly json: boolean
   readonly model: () => Promise<ResolvedModel>
   readonly kernels: KernelsOptions
+  readonly serve: ServeBenchOptions
 }
 
 const run = (name: BenchName, options: BenchOptions): Effect.Effect<Figures, Error, Scope.Scope> => {
   if (name === "bus") return Effect.map(busFigures, (figures) => ({ json: { bus: figures }, text: busTable(figures) }))
   const model = Effect.tryPromise({ try: options.model, catch: (error) => error as Error })
   if (name === "kv") return Effect.map(Effect.flatMap(model, kvFigures), (figures) => ({ json: figures, text: kvTable(figures) }))
-  return Effect.map(Effect.flatMap(model, (found) => kernelsFigures(found, options.kernels)), (figures) => ({ json: kernelsJson(figures), text: kernelsTable(figures) }))
+  if (name === "kernels") return Effect.map(Effect.flatMap(model, (found) => kernelsFigures(found, options.kernels)), (figures) => ({ json: kernelsJson(figures), text: kernelsTable(figures) }))
+  return Effect.map(Effect.flatMap(model, (found) => serveFigures(found, options.serve)), (figures) => ({ json: figures, text: serveTable(figures) }))
 }
 
 /** Runs a bench and resolves to the exit code. */

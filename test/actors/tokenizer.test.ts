@@ -105,6 +105,47 @@ describe.skipIf(model === undefined)("the tokenizer of SmolLM2", () => {
     expect(() => template.encode([{ role: "user", content: [{ type: "image_url" }] }])).toThrow(/messages\[0\]\.content\[0\].*image_url/)
   })
 
+  const chat = (...contents: ReadonlyArray<string>) => contents.map((content, i) => ({ role: i % 2 === 0 ? "user" : "assistant", content }))
+  const after = (using: ChatTemplate, messages: ReturnType<typeof chat>, answer: ReadonlyArray<number>, answered = 2) =>
+    using.encodeAfter({ tokens: Int32Array.from([...using.encode(messages.slice(0, answered - 1)), ...answer]), messages: answered }, messages)
+
+  test("a conversation goes on from the ids of its answer, ended by the model or cut off, as from its text", () => {
+    fc.assert(fc.property(fc.array(fc.string({ maxLength: 60 }), { minLength: 3, maxLength: 3 }), fc.boolean(), (contents, ended) => {
+      fc.pre(!/^\s/.test(contents[1]!)) // else the line end before it may be one token with it
+      const messages = chat(...contents)
+      const answer = tokenizer.encode(contents[1]!, { special: false })
+      expect(after(template, messages, ended ? [...answer, 2] : answer)).toEqual(template.encode(messages))
+    }))
+  })
+
+  test("a conversation goes on from the ids that were drawn, though its text has others", () => {
+    const messages = chat("Hi", "Hello there", "And you? <|im_end|>")
+    const drawn = [..."Hello there"].flatMap((letter) => tokenizer.encode(letter, { special: false }))
+    const ids = after(template, messages, drawn)!
+    const first = template.encode(messages.slice(0, 1))
+    expect(ids.slice(0, first.length + drawn.length)).toEqual([...first, ...drawn])
+    expect(ids).not.toEqual(template.encode(messages))
+    expect(tokenizer.decode(ids, { skipControl: false })).toBe(template.render(messages))
+    expect(ids.filter((id) => id === 2).length).toBe(4) // the default system prompt's and the messages', not the client's
+  })
+
+  test("a template that trims the answer is gone on from, one that leaves part of it out or changes what came before is not", () => {
+    const with_ = (content: string) => new ChatTemplate(new Map([["tokenizer.chat_template", `{% for m in messages %}<|im_start|>{{ m.role }}\n{{ ${content} }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}`]]), tokenizer)
+    const messages = chat("Hi", " <think>hm</think> Hello ", "And you?")
+    const answer = tokenizer.encode(messages[1]!.content, { special: false })
+    expect(after(with_("m.content | trim"), messages, answer)!.slice(0, -1)).toEqual(expect.arrayContaining(answer))
+    expect(after(with_("m.content.split('</think>')[-1]"), messages, answer)).toBeUndefined()
+    expect(after(with_("m.content ~ messages | length"), messages, answer)).toBeUndefined()
+  })
+
+  test("a conversation goes on from its last answer only, however many messages follow", () => {
+    const messages = chat("a", "b", "c", "d", "e")
+    expect(after(template, messages, tokenizer.encode("b", { special: false }))).toEqual(template.encode(messages))
+    expect(after(template, messages, tokenizer.encode("d", { special: false }), 4)).toEqual(template.encode(messages))
+    expect(template.encodeAfter({ tokens: Int32Array.of(1), messages: 3 }, messages)).toBeUndefined()
+    expect(template.encodeAfter({ tokens: Int32Array.of(1), messages: 9 }, messages)).toBeUndefined()
+  })
+
   test("a file without a template is refused when it is used", () => {
     const none = new ChatTemplate(new Map(), tokenizer)
     expect(none.present).toBe(false)

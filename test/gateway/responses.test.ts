@@ -7,6 +7,8 @@ import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { afterEach, describe, expect, it } from "vitest"
 import { limits } from "../../config/limits.ts"
+import { unpackTokens } from "../../actors/messages/tokens.ts"
+import { Turns } from "../../gateway/turns.ts"
 import type { FakeGeneration } from "../support/fake-request-actor.ts"
 import { startGateway, type StartedGateway } from "../support/start-gateway.ts"
 
@@ -153,13 +155,125 @@ describe("responses over HTTP", () => {
   })
 })
 
+describe("kept responses", () => {
+  const continued = () => server.actor.generations.map(({ message }) => (message.prompt.kind === "chat" && message.prompt.continues !== undefined ? { tokens: [...unpackTokens(message.prompt.continues.tokens, "tokens")], messages: message.prompt.continues.messages } : undefined))
+  const ask = (body: object = {}) => server.client.responses.create({ model: "tiny", input: "x", ...body })
+  /** The prompt's three ids, and an answer of two. */
+  const drawn = [1, 2, 3, 100, 101]
+
+  it("go on over HTTP, plain and streamed, from the ids of the prompt and the answer", async () => {
+    server = await startGateway()
+    const first = await ask({ input: "one" })
+    let second: string | undefined
+    for await (const event of await server.client.responses.create({ model: "tiny", input: "two", previous_response_id: first.id, stream: true })) {
+      if (event.type === "response.completed") second = event.response.id
+    }
+    await ask({ input: "three", previous_response_id: second })
+    expect(prompts().at(-1)).toEqual(["user: one", "assistant: Hello world", "user: two", "assistant: Hello world", "user: three"])
+    expect(continued()).toEqual([undefined, { tokens: drawn, messages: 2 }, { tokens: drawn, messages: 4 }])
+  })
+
+  it("are gone on from by whoever has seen the last event, on any connection", async () => {
+    server = await startGateway()
+    const first = await ask()
+    const [one, other] = [await connect(), await connect()]
+    one.send({ input: "y", previous_response_id: first.id })
+    const { response } = (await one.response()).at(-1) as { response: { id: string; store?: boolean } }
+    expect(response.store).toBe(true)
+    one.socket.close()
+    other.send({ input: "z", previous_response_id: response.id })
+    expect((await other.response()).at(-1)!.type).toBe("response.completed")
+    await ask({ previous_response_id: response.id })
+    expect(continued().at(-1)).toEqual({ tokens: drawn, messages: 4 })
+  })
+
+  it("are told and deleted as OpenAI does it, on the connection that has them too", async () => {
+    server = await startGateway()
+    const client = await connect()
+    client.send({ input: "x" })
+    const { response } = (await client.response()).at(-1) as { response: OpenAI.Responses.Response }
+    expect(await server.client.responses.retrieve(response.id)).toMatchObject({ ...response, output_text: "Hello world" })
+    const deleted = await fetch(`${server.url}/v1/responses/${response.id}`, { method: "DELETE" })
+    expect([deleted.status, await deleted.json()]).toEqual([200, { id: response.id, object: "response", deleted: true }])
+    await expect(server.client.responses.retrieve(response.id)).rejects.toMatchObject({ status: 404 })
+    await expect(server.client.responses.delete(response.id)).rejects.toMatchObject({ status: 404 })
+    await expect(ask({ previous_response_id: response.id })).rejects.toMatchObject({ status: 400, code: "previous_response_not_found", param: "previous_response_id" })
+    client.send({ input: "y", previous_response_id: response.id })
+    expect(await client.next()).toMatchObject({ type: "error", code: "previous_response_not_found" })
+  })
+
+  it("with store: false live on their connection only, and over HTTP not at all", async () => {
+    server = await startGateway()
+    const plain = await ask({ store: false })
+    expect(plain).toMatchObject({ store: false })
+    await expect(server.client.responses.retrieve(plain.id)).rejects.toMatchObject({ status: 404 })
+    const client = await connect()
+    client.send({ input: "x", store: false })
+    const { response } = (await client.response()).at(-1) as { response: { id: string } }
+    await expect(ask({ previous_response_id: response.id })).rejects.toMatchObject({ status: 400 })
+    client.send({ input: "y", previous_response_id: response.id })
+    expect((await client.response()).at(-1)!.type).toBe("response.completed")
+  })
+
+  it("end after their lifetime, which the error names", async () => {
+    server = await startGateway({ bounds: { storedResponseMs: 30 } })
+    const first = await ask()
+    await new Promise((resolve) => setTimeout(resolve, 40))
+    await expect(ask({ previous_response_id: first.id })).rejects.toMatchObject({ status: 400, code: "previous_response_not_found", message: expect.stringMatching(/kept for [\d.]+ minutes/) })
+    await expect(server.client.responses.retrieve(first.id)).rejects.toMatchObject({ status: 404 })
+  })
+
+  it("are nobody else's", async () => {
+    const folder = mkdtempSync(join(tmpdir(), "gateway-"))
+    const keysFile = join(folder, "keys.txt")
+    writeFileSync(keysFile, ["alice", "bob"].map((name) => `${name}:${createHash("sha256").update(name).digest("hex")}\n`).join(""))
+    server = await startGateway({ keysFile }, "alice")
+    rmSync(folder, { recursive: true })
+    const { id } = await ask()
+    const bob = server.client.withOptions({ apiKey: "bob" })
+    await expect(bob.responses.retrieve(id)).rejects.toMatchObject({ status: 404 })
+    await expect(bob.responses.delete(id)).rejects.toMatchObject({ status: 404 })
+    await expect(bob.responses.create({ model: "tiny", input: "x", previous_response_id: id })).rejects.toMatchObject({ status: 400, code: "previous_response_not_found" })
+    const client = await connect({ authorization: "Bearer bob" })
+    client.send({ input: "x", previous_response_id: id })
+    expect(await client.next()).toMatchObject({ code: "previous_response_not_found" })
+    expect((await ask({ previous_response_id: id })).status).toBe("completed")
+  })
+
+  it("are gone on from by their text where their ids would mean another prompt", async () => {
+    server = await startGateway()
+    const first = await ask({ instructions: "brief" })
+    const same = await ask({ instructions: "brief", previous_response_id: first.id })
+    await ask({ previous_response_id: first.id })
+    await ask({ instructions: "long", previous_response_id: same.id })
+    expect(continued().slice(1)).toEqual([{ tokens: drawn, messages: 3 }, undefined, undefined])
+    // A stop of the client's own: its text has ended before its tokens; what came before that answer has its ids still.
+    const start = await ask()
+    const stopped = await ask({ previous_response_id: start.id, stop: ["!"] })
+    await ask({ previous_response_id: stopped.id })
+    expect(continued().at(-1)).toEqual({ tokens: drawn, messages: 2 })
+    expect(prompts().at(-1)).toHaveLength(5)
+  })
+
+  it("are bounded in number and bytes, the oldest going first", () => {
+    const turn = (chars: number) => ({ messages: [{ role: "user", content: "x".repeat(chars) }], answered: undefined })
+    const few = new Turns({ count: 2, bytes: 1000, lifetimeMs: 1000 })
+    for (const id of ["a", "b", "c"]) few.add(id, turn(10))
+    expect(["a", "b", "c"].map((id) => few.get(id) !== undefined)).toEqual([false, true, true])
+    few.add("d", turn(490))
+    expect(["b", "c", "d"].map((id) => few.get(id) !== undefined)).toEqual([false, true, true])
+    few.add("e", turn(501))
+    expect(few.size).toBe(0)
+  })
+})
+
 describe("responses over WebSocket", () => {
   it("keeps a bounded number of conversations, and forgets the oldest", async () => {
     server = await startGateway()
     const client = await connect()
     const ids: Array<string> = []
     for (let index = 0; index <= limits.webSocketTurns; index++) {
-      client.send({ input: String(index) })
+      client.send({ input: String(index), store: false })
       ids.push(((await client.response()).at(-1) as { response: { id: string } }).response.id)
     }
     client.send({ input: "x", previous_response_id: ids[0] })

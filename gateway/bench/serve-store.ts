@@ -1,0 +1,92 @@
+/** What a prompt costs whose KV no pool holds any more, but the KV store: in its memory, and on its disk after a restart. */
+import { Effect } from "effect"
+import type { Topology } from "../../config/topology.ts"
+import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
+import { median, rounded } from "./figures.ts"
+import { rest, started, type Answer, type Client } from "./serve-client.ts"
+import { repeated, sizes } from "./serve-loads.ts"
+
+export interface StoreFigures {
+  readonly tokens: number
+  readonly rounds: number
+  readonly recomputeMs: number
+  readonly hitMs: number
+  readonly timesFaster: number
+  /** Of the hits. */
+  readonly cachedTokens: number
+}
+
+export interface Skipped {
+  readonly skipped: string
+}
+
+/** Blocks go to the store in the background. */
+const storedMs = 500
+const answerTokens = 2
+
+interface Pair {
+  readonly recomputed: Answer
+  readonly hit: Answer
+}
+
+const figures = (pairs: ReadonlyArray<Pair>): StoreFigures => ({
+  tokens: sizes.history,
+  rounds: pairs.length,
+  recomputeMs: rounded(median(pairs.map(({ recomputed }) => recomputed.firstMs))),
+  hitMs: rounded(median(pairs.map(({ hit }) => hit.firstMs))),
+  timesFaster: rounded(median(pairs.map(({ recomputed, hit }) => recomputed.firstMs / hit.firstMs))),
+  cachedTokens: median(pairs.map(({ hit }) => hit.cachedTokens)),
+})
+
+/** The topology with pools that hold one prompt each, so that every other prompt makes them forget it. */
+const withSmallPools = (topology: Topology): Topology => ({
+  ...topology,
+  workers: topology.workers.map((worker) => ({ ...worker, kv: { ...worker.kv, blocks: Math.ceil((sizes.history + answerTokens) / worker.kv.blockTokens) + 2 } })),
+})
+
+/** Prompts that are new and the ones before them take turns: each makes the pool forget the other. */
+export const storeHit = (topology: Topology, model: ResolvedModel, budgetMs: number): Effect.Effect<StoreFigures, Error> =>
+  Effect.scoped(
+    Effect.gen(function* () {
+      const client = yield* started(withSmallPools(topology), model)
+      return yield* Effect.promise(async () => {
+        const ask = async (prompt: ReadonlyArray<number>) => {
+          const answer = await client.complete(prompt, answerTokens)
+          await rest(storedMs)
+          return answer
+        }
+        let before = await client.tokens(sizes.history)
+        await ask(before)
+        const pairs = await repeated(budgetMs, async (): Promise<Pair> => {
+          const fresh = await client.tokens(sizes.history)
+          const recomputed = await ask(fresh)
+          const hit = await ask(before)
+          before = fresh
+          return { recomputed, hit }
+        })
+        return figures(pairs)
+      })
+    }),
+  )
+
+/** Whether the topology's store keeps blocks on disk. */
+export const hasDisk = ({ kvStore: { disk } }: Topology): boolean => disk !== undefined && disk.size > 0
+
+/** A prompt before and after everything has ended and begun again, beside one that is new. */
+export const restart = (topology: Topology, model: ResolvedModel): Effect.Effect<StoreFigures | Skipped, Error> => {
+  if (!hasDisk(topology)) return Effect.succeed({ skipped: "the topology has no disk tier (kvStore.disk)" })
+  const running = <A>(work: (client: Client) => Promise<A>) => Effect.scoped(Effect.flatMap(started(topology, model), (client) => Effect.promise(() => work(client))))
+  return Effect.gen(function* () {
+    const prompt = yield* running(async (client) => {
+      const tokens = await client.tokens(sizes.history)
+      await client.complete(tokens, answerTokens)
+      await rest(storedMs)
+      return tokens
+    })
+    return yield* running(async (client) => {
+      const recomputed = await client.complete(await client.tokens(sizes.history), answerTokens)
+      await rest(storedMs)
+      return figures([{ recomputed, hit: await client.complete(prompt, answerTokens) }])
+    })
+  })
+}

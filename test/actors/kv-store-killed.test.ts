@@ -69,7 +69,7 @@ it.each([
   const put: Array<number> = []
   for (let round = 0; round < rounds; round++) {
     const firstBlock = round * roundBlocks
-    const { onDisk, last } = await putAndKill({ ...order, firstBlock }, 1 + (round % 4), Math.random() * 15)
+    const { onDisk, last } = await putAndKill({ ...order, firstBlock }, 1 + (round % 2), Math.random() * 15)
     put.push(...Array.from({ length: last + 1_000 - firstBlock }, (_, i) => firstBlock + i))
     const here = await served({ ...order, firstBlock }, put)
     expect(here.size).toBeGreaterThan(0)

@@ -80,6 +80,8 @@ describe("the disaggregated topology with a tiny model", () => {
       await new Promise((resolve) => setTimeout(resolve, 3 * limits.heartbeatIntervalMs))
       return (await actorsOf(node)).transfers.completed
     }
+    // The scheduler may have heard of decode before prefill: what was asked until then is decode's to compute.
+    await until(async () => (await ask(node, "Hello")).length > 0 && (await actorsOf(node)).transfers.completed > 0)
     const before = await completed(1)
     const four = await ask(node, "My favourite thing is")
     expect(four.map((tokens) => tokens.length)).toEqual([20, 20, 20, 20])

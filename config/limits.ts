@@ -181,7 +181,7 @@ export const limits = {
   /** Longest wait for a component's process to serve, its model loaded. */
   componentStartDeadlineMs: 120_000,
   /** A signal to the whole process group reaches all of its processes within this time. */
-  groupSignalMs: 250,
+  groupSignalMs: 1_000,
   /** Time that open streams have to end at shutdown, after which they are told why and closed. */
   shutdownGraceMs: 300,
   /** Time that the rest of an orderly shutdown may take. */

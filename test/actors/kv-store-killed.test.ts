@@ -14,7 +14,7 @@ import { StoreClient } from "../support/store-client.ts"
 import type { StoreOrder, StoreReport } from "../support/store-process.ts"
 
 const rounds = 25
-const blockBytes = 64_000
+const blockBytes = 32_000
 const roundBlocks = 100_000 // more than a round puts
 const program = fileURLToPath(new URL("../../build/store-process.mjs", import.meta.url))
 let folder: string
@@ -62,20 +62,20 @@ const served = async (order: StoreOrder, numbers: ReadonlyArray<number>): Promis
 
 it.each([
   { name: "with room for all", diskBytes: 4_000_000_000, memoryBytes: 4_000_000 },
-  { name: "that is full, so that every block takes another's place", diskBytes: 3_000_000, memoryBytes: 2_000_000 },
+  { name: "that is full, so that every block takes another's place", diskBytes: 1_500_000, memoryBytes: 1_000_000 },
 ])(`a store $name, killed ${rounds} times under load, serves only whole blocks, and all that it had on disk`, async ({ name, diskBytes, memoryBytes }) => {
   const complaint = vi.spyOn(console, "error").mockImplementation(() => {})
   const order = { folder: join(folder, name.slice(0, 4)), blockBytes, memoryBytes, diskBytes }
   const put: Array<number> = []
   for (let round = 0; round < rounds; round++) {
     const firstBlock = round * roundBlocks
-    const { onDisk, last } = await putAndKill({ ...order, firstBlock }, 1 + (round % 4), Math.random() * 15)
+    const { onDisk, last } = await putAndKill({ ...order, firstBlock }, 1 + (round % 2), Math.random() * 15)
     put.push(...Array.from({ length: last + 1_000 - firstBlock }, (_, i) => firstBlock + i))
     const here = await served({ ...order, firstBlock }, put)
     expect(here.size).toBeGreaterThan(0)
     if (diskBytes > 1e9) {
       expect(onDisk.filter((n) => !here.has(n))).toEqual([])
-      if (round % 5 === 4) {
+      if (round % 3 === 2) {
         rmSync(order.folder, { recursive: true })
         put.length = 0
       }

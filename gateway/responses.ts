@@ -1,6 +1,7 @@
 /** /v1/responses: POST, plain and as server-sent events, and GET and DELETE of the responses that are kept. */
 import { Effect } from "effect"
 import { HttpServerResponse } from "effect/http"
+import { limits } from "../config/limits.ts"
 import { openBatch, streamBatch, type StreamFormat } from "./answer.ts"
 import { attempt, json, readJson, type GatewayContext, type Handler } from "./call.ts"
 import { ApiError, invalid, notSupported } from "./errors.ts"
@@ -9,7 +10,7 @@ import { errorEvent, ResponseEvents, responseId } from "./responses-events.ts"
 import { decodeResponses, responsesOrder, turnAfter } from "./responses-request.ts"
 import { sseEvent } from "./sse.ts"
 
-const keptFor = ({ stored }: GatewayContext): string => `a completed response is kept for ${stored.lifetimeMs / 60_000} minutes in this process's memory, the tenant's latest at most, and not with store: false`
+const keptFor = ({ stored }: GatewayContext): string => `a completed response is kept for ${stored.lifetimeMs / 60_000} minutes (a tenant's last ${limits.storedResponses} at most), and with store: false not at all`
 
 export const previousNotFound = (gateway: GatewayContext, id: string) =>
   invalid("previous_response_id", `the response ${JSON.stringify(id.slice(0, 100))} is not known here: ${keptFor(gateway)}`, "previous_response_not_found")

@@ -66,6 +66,7 @@ const underNode = (compiler: string): Counts => {
 const models: Readonly<Record<string, TinyModelOptions>> = {
   mixed: { types: { token_embd: "Q8_0", attn_q: "Q4_0", attn_k: "Q8_0", attn_v: "F16", attn_output: "Q4_1", ffn_gate: "Q4_1", ffn_up: "F32", ffn_down: "Q8_0" }, vocabulary: 307 },
   wide: { types: "Q4_1", heads: 3, kvHeads: 1, headDim: 64, layers: 3, tied: false },
+  super: { types: { token_embd: "Q4_K", output: "Q6_K", attn_q: "Q4_K", attn_k: "Q5_K", attn_v: "Q6_K", attn_output: "BF16", ffn_gate: "Q4_K", ffn_up: "Q5_0", ffn_down: "Q5_1" }, hidden: 256, heads: 4, kvHeads: 2, headDim: 64, ffn: 256, layers: 1, tied: false },
 }
 
 const ofThreads = async (): Promise<Counts> => {

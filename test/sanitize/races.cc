@@ -57,8 +57,14 @@ class Events : public LayerProgress {
   std::condition_variable woken_;
 };
 
-std::unique_ptr<Engine> load(const std::string& path, InstructionSet isa, int threads) {
-  return std::make_unique<Engine>(EngineOptions{path, kBlocks, kBlockTokens, threads, kMaxRows, kMaxOutputs, 0, isa});
+struct Setup {
+  std::string path;
+  InstructionSet isa;
+  KvDtype dtype;
+};
+
+std::unique_ptr<Engine> load(const Setup& setup, int threads) {
+  return std::make_unique<Engine>(EngineOptions{setup.path, kBlocks, kBlockTokens, setup.dtype, threads, kMaxRows, kMaxOutputs, 0, setup.isa});
 }
 
 // A seeded crowd of sequences that grow by chunks of any length; the same for every engine.
@@ -160,15 +166,15 @@ std::vector<std::vector<uint8_t>> results_of(Engine& engine, int steps) {
 }
 
 // Random batches of many lengths, on more threads than the machine may have cores: the same bits as on one.
-void batches(const std::string& path, InstructionSet isa) {
+void batches(const Setup& setup) {
   constexpr int kSteps = 10;
-  const auto expected = results_of(*load(path, isa, 1), kSteps);
-  for (int threads : {2, 3, 5}) expect(results_of(*load(path, isa, threads), kSteps) == expected, "results differ from those of one thread");
+  const auto expected = results_of(*load(setup, 1), kSteps);
+  for (int threads : {2, 3, 5}) expect(results_of(*load(setup, threads), kSteps) == expected, "results differ from those of one thread");
 }
 
 // Layers leave while the step computes later ones, and are what is there in the end.
-void layer_events(const std::string& path, InstructionSet isa) {
-  const auto engine = load(path, isa, 3);
+void layer_events(const Setup& setup) {
+  const auto engine = load(setup, 3);
   const int layers = engine->shape().layers;
   const size_t bytes = engine->kv().layer_block_bytes();
   Crowd crowd(2);
@@ -195,8 +201,8 @@ void layer_events(const std::string& path, InstructionSet isa) {
 }
 
 // KV of one engine into blocks of another that its running step does not use, and copies among those: neither is disturbed.
-void transfers(const std::string& path, InstructionSet isa) {
-  const auto from = load(path, isa, 2);
+void transfers(const Setup& setup) {
+  const auto from = load(setup, 2);
   results_of(*from, 3);
   const int layers = from->shape().layers;
   const size_t bytes = from->kv().layer_block_bytes();
@@ -206,8 +212,8 @@ void transfers(const std::string& path, InstructionSet isa) {
   const uint32_t crc = from->export_layers({source.data(), source.size(), 0, layers}, wire.data() + 1, 0);
 
   constexpr int kSteps = 6;
-  const auto expected = results_of(*load(path, isa, 1), kSteps);
-  const auto engine = load(path, isa, 3);
+  const auto expected = results_of(*load(setup, 1), kSteps);
+  const auto engine = load(setup, 3);
   Crowd crowd(1);
   const std::vector<int32_t> samplers = make_samplers(*engine);
   for (int step = 0; step < kSteps; ++step) {
@@ -229,8 +235,8 @@ void transfers(const std::string& path, InstructionSet isa) {
 }
 
 // A client that goes away: its sampler is freed while the step that draws with it runs, and others come.
-void cancels(const std::string& path, InstructionSet isa) {
-  const auto engine = load(path, isa, 3);
+void cancels(const Setup& setup) {
+  const auto engine = load(setup, 3);
   Crowd crowd(3);
   for (int step = 0; step < 12; ++step) {
     const std::vector<int32_t> samplers = make_samplers(*engine);
@@ -246,8 +252,8 @@ void cancels(const std::string& path, InstructionSet isa) {
 }
 
 // A step that fails on its compute threads fails alone.
-void failures(const std::string& path, InstructionSet isa) {
-  const auto engine = load(path, isa, 3);
+void failures(const Setup& setup) {
+  const auto engine = load(setup, 3);
   const std::vector<int32_t> block = {0};
   const std::vector<uint8_t> nan(engine->kv().block_bytes(), 0xff);
   std::vector<uint8_t> good(engine->kv().block_bytes());
@@ -274,12 +280,12 @@ void failures(const std::string& path, InstructionSet isa) {
 }
 
 // Pools come and go beside each other, right after a step or without one.
-void lives(const std::string& path, InstructionSet isa) {
+void lives(const Setup& setup) {
   std::vector<std::thread> owners;
   for (int owner = 0; owner < 3; ++owner) {
     owners.emplace_back([&, owner] {
       for (int life = 0; life < 6; ++life) {
-        const auto engine = load(path, isa, 2 + owner);
+        const auto engine = load(setup, 2 + owner);
         if (life % 3 != 0) results_of(*engine, life % 3);
       }
     });
@@ -289,7 +295,7 @@ void lives(const std::string& path, InstructionSet isa) {
 
 struct Check {
   const char* name;
-  void (*run)(const std::string& path, InstructionSet isa);
+  void (*run)(const Setup& setup);
 };
 
 }  // namespace
@@ -299,11 +305,15 @@ int main(int count, char** arguments) {
                           {"cancels", cancels}, {"failures", failures},         {"lives", lives}};
   const InstructionSet sets[] = {InstructionSet::Reference, InstructionSet::Avx2, InstructionSet::Avx512};
   bool failed = count < 2;
+  const KvDtype dtypes[] = {KvDtype::F16, KvDtype::Int8, KvDtype::Int4};
   for (int i = 1; i < count; ++i) {
+    // One dtype a model, so that all are seen and the run stays short.
+    const KvDtype dtype = dtypes[(i - 1) % 3];
     std::vector<std::vector<uint8_t>> expected;
     for (InstructionSet isa : sets) {
       if (isa > best_instruction_set()) continue;
-      const std::string name = std::string(arguments[i]) + ", " + instruction_set_name(isa) + ": ";
+      const Setup setup = {arguments[i], isa, dtype};
+      const std::string name = std::string(arguments[i]) + ", KV in " + kv_dtype_name(dtype) + ", " + instruction_set_name(isa) + ": ";
       const auto check = [&](const char* what, const std::function<void()>& run) {
         std::string message;
         try {
@@ -315,9 +325,9 @@ int main(int count, char** arguments) {
         std::printf("%s %s%s%s%s\n", message.empty() ? "ok" : "FAILED", name.c_str(), what, message.empty() ? "" : ": ", message.c_str());
         std::fflush(stdout);
       };
-      for (const Check& each : checks) check(each.name, [&] { each.run(arguments[i], isa); });
+      for (const Check& each : checks) check(each.name, [&] { each.run(setup); });
       check("the same bits as the reference", [&] {
-        const auto results = results_of(*load(arguments[i], isa, 2), 6);
+        const auto results = results_of(*load(setup, 2), 6);
         if (expected.empty()) expected = results;
         expect(results == expected, "results differ");
       });

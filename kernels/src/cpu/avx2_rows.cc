@@ -79,13 +79,14 @@ void quantise(const float* x, int length, QuantisedRow row) {
     const __m256i pairs = _mm256_hadd_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
     s = _mm_hadd_epi32(s, s);
-    const int32_t sums[2] = {_mm_cvtsi128_si32(s), _mm_extract_epi32(s, 1)};
+    // 16 values of at most 127, unless the block holds a NaN: then they are nothing, and the scale says so.
+    const int16_t sums[2] = {static_cast<int16_t>(_mm_cvtsi128_si32(s)), static_cast<int16_t>(_mm_extract_epi32(s, 1))};
     const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.values + b * kBlock), _mm256_permutevar8x32_epi32(bytes, order));
     row.scales[b] = scale;
     row.offsets[b] = scale * static_cast<float>(sums[0] + sums[1]);
-    row.sums[2 * b] = static_cast<int16_t>(sums[0]);
-    row.sums[2 * b + 1] = static_cast<int16_t>(sums[1]);
+    row.sums[2 * b] = sums[0];
+    row.sums[2 * b + 1] = sums[1];
   }
 }
 

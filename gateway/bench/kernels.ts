@@ -1,7 +1,7 @@
 /**
  * `bench kernels`: whole forwards of the native engine, attention and sampling included, and beside it another runtime on the
  * same file. Every runtime has a process of its own; runs are short and strictly alternate, so that what disturbs the machine
- * disturbs all of them alike. Of the rounds, the half counts in which other programs took least of the cores; figures are medians.
+ * disturbs all of them alike; rounds in which other programs took the cores do not count, and figures are medians.
  * A ratio is the median over runs of one round; above 1 Penstock is the faster one.
  */
 import { execFile } from "node:child_process"
@@ -74,13 +74,13 @@ export interface KernelsFigures extends RuntimeFigures {
   readonly peers: ReadonlyArray<Compared>
 }
 
-/** A workload alternates for this long, within these bounds on its rounds. */
-const budgetMs = 12_000
-const mostRounds = 14
-const leastRounds = 4
-const leastCounted = 3
-/** Above this, what is measured says more about other programs. */
+/** A round counts where other programs took no more of the cores than this; where too few do, the calmest ones count. */
 const mostOthersShare = 0.1
+const leastRounds = 3
+/** How long a workload is measured, and, beside another runtime, how long at most until enough rounds count. */
+const aloneMs = 4_000
+const comparedMs = 10_000
+const patienceMs = 90_000
 /** Rounds of fresh processes. */
 const loads = 3
 /** For threads that look out for work a while before they sleep. */
@@ -127,28 +127,32 @@ interface Round {
   readonly othersShare: number
 }
 
-/** The rounds of one workload that count: the half in which other programs were least busy. */
+/** The rounds of one workload that count. */
 const alternate = async (workload: Workload, processes: ReadonlyArray<Process>, vocabulary: number): Promise<ReadonlyArray<Round>> => {
   const rounds: Array<Round> = []
   const context = distinctTokens(contextTokens, vocabulary, 2)
+  const compared = processes.length > 1
   let startedAtMs = performance.now()
-  for (let number = -1; number < mostRounds; number++) {
-    if (number >= leastRounds && performance.now() - startedAtMs > budgetMs) break
+  for (let number = -1; ; number++) {
+    const tookMs = performance.now() - startedAtMs
+    const calm = rounds.filter(({ othersShare }) => othersShare <= mostOthersShare).length >= leastRounds
+    if (number >= leastRounds && tookMs > (!compared ? aloneMs : calm ? comparedMs : patienceMs)) break
     const rates: Array<number> = []
     let mostShare = 0
     for (const [i, process] of inTurn(processes, Math.max(0, number))) {
       const order: KernelsOrder = "prompt" in workload
         ? { type: "prefill", prompt: distinctTokens(workload.prompt, vocabulary, 3 + number * processes.length + i) }
         : { type: "decode", context, sequences: workload.sequences, steps: workload.steps }
-      const { value: tookMs, othersShare } = await besideOthers(process.pid, () => process.ask(order))
-      rates[i] = (("prompt" in workload ? workload.prompt : workload.sequences * workload.steps) * 1000) / (tookMs as number)
+      const { value: runMs, othersShare } = await besideOthers(process.pid, () => process.ask(order))
+      rates[i] = (("prompt" in workload ? workload.prompt : workload.sequences * workload.steps) * 1000) / (runMs as number)
       mostShare = Math.max(mostShare, othersShare ?? 0)
       await rest()
     }
     if (number >= 0) rounds.push({ rates, othersShare: mostShare })
     else startedAtMs = performance.now() // caches and contexts are warm
   }
-  return rounds.toSorted((a, b) => a.othersShare - b.othersShare).slice(0, Math.max(leastCounted, Math.ceil(rounds.length / 2)))
+  const calmest = rounds.toSorted((a, b) => a.othersShare - b.othersShare)
+  return calmest.filter(({ othersShare }, i) => i < leastRounds || othersShare <= mostOthersShare)
 }
 
 const peaks = async (threads: number, isa: string): Promise<{ readonly peakGmacPerS: number; readonly peakReadGbPerS: number }> => {

@@ -99,11 +99,15 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
         }
         const first: Array<Uint8Array> = []
         send(0, layers, 0, engine.computedBlocks(id))
-        // To decode on this machine layers leave in groups: each time takes the core from a compute thread.
-        const together = transfer.node === hostname() ? Math.ceil(layers / limits.kvSharedCoresGroups) : 1
+        // Where decode shares these cores there is none that the transfer could hide on: layers leave in groups, since each time a
+        // compute thread gives way, and those of the last step behind the first token.
+        const shares = transfer.node === hostname()
+        const together = shares ? Math.ceil(layers / limits.kvSharedCoresGroups) : 1
         let waiting = 0 // layers of this step
+        let behind = () => {}
         const computed = compute(id, writer, counts, {
           layer: (layer, from, blocks) => {
+            if (shares && from + blocks === engine.neededBlocks(id)) return void (behind = () => send(0, layers, from, blocks))
             waiting++
             if (waiting < together && layer < layers - 1) return
             send(layer + 1 - waiting, waiting, from, blocks)
@@ -113,7 +117,10 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
         })
         return Effect.andThen(
           computed,
-          Effect.sync(() => sender.finish(first)),
+          Effect.sync(() => {
+            behind()
+            sender.finish(first)
+          }),
         )
       })
     }).pipe(Effect.scoped)

@@ -56,7 +56,7 @@ const conversations: ReadonlyArray<Conversation> = [
 const movesKv: ReadonlySet<ProcessKind> = new Set(["worker", "kv-store"])
 
 /** Who listens to what is said about who serves; every process but the gateway says so. */
-const watchesPresence: ReadonlySet<ProcessKind> = new Set(["gateway", "request", "kv-store"])
+const watchesPresence: ReadonlySet<ProcessKind> = new Set(["gateway", "request", "kv-store", "worker"])
 
 export interface Permissions {
   readonly publish: ReadonlyArray<string>

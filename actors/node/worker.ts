@@ -10,6 +10,7 @@ import { Link } from "../runtime/link.ts"
 import { Heartbeat, Leave, type HeartbeatMessage, type Role } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 import { announce } from "../presence/announce.ts"
+import { Members } from "../presence/members.ts"
 import { decodeActor } from "../decode/decode.ts"
 import { StoreWriter } from "../decode/store-writer.ts"
 import { Engine } from "../engine/engine.ts"
@@ -89,6 +90,12 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
     }
     const beat = Effect.ignore(Effect.suspend(() => link("worker").tell(Heartbeat, scheduler(Heartbeat.verb), state())))
     yield* Effect.addFinalizer(() => Effect.ignore(link("worker").tell(Leave, scheduler(Leave.verb), { worker: id, epoch })))
+    // A scheduler that begins knows nobody, and would refuse or misplace what it is asked before the next beat.
+    const members = yield* Members.listen(buses.control, cluster)
+    yield* Effect.acquireRelease(
+      Effect.sync(() => members.onCome((kind) => void (kind === "scheduler" && Effect.runFork(beat)))),
+      (stop) => Effect.sync(stop),
+    )
     yield* beat
     yield* Effect.forkScoped(Effect.forever(Effect.andThen(Effect.sleep(limits.heartbeatIntervalMs), beat)))
     yield* announce({

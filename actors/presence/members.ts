@@ -15,9 +15,13 @@ interface Member {
 /** A member with this kind and id of an epoch up to this one is gone. */
 export type OnGone = (kind: PresenceMessage["kind"], id: string, epoch: number) => void
 
+/** A member with this kind and id serves that did not before, or not under this epoch. */
+export type OnCome = (kind: PresenceMessage["kind"], id: string, epoch: number) => void
+
 export class Members {
   readonly #members = new Map<string, Member>()
   readonly #watchers = new Set<OnGone>()
+  readonly #greeters = new Set<OnCome>()
 
   /** Listens until the Scope closes. */
   static readonly listen = (bus: Bus, cluster: string): Effect.Effect<Members, never, Scope.Scope> =>
@@ -45,6 +49,12 @@ export class Members {
     return () => this.#watchers.delete(watcher)
   }
 
+  /** Tells of members that are new, or back under a later epoch. Returns how to stop. */
+  onCome(greeter: OnCome): () => void {
+    this.#greeters.add(greeter)
+    return () => this.#greeters.delete(greeter)
+  }
+
   /** Waits until all of these have been heard of, or for a beat: their first words may still be on their way. */
   untilServing(wanted: ReadonlyArray<{ readonly kind: string; readonly id: string }>): Effect.Effect<void> {
     const isServing = () => wanted.every(({ kind, id }) => this.#members.has(`${kind} ${id}`))
@@ -68,6 +78,7 @@ export class Members {
       return
     }
     this.#members.set(key, { message, heardAtMs: performance.now() })
+    if (known?.message.epoch !== message.epoch) for (const greeter of this.#greeters) greeter(message.kind, message.id, message.epoch)
   }
 
   #sweep(): void {

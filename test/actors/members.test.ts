@@ -1,0 +1,31 @@
+/** Who is known to serve, from what everybody says of themselves. */
+import { afterEach, expect, it } from "vitest"
+import { Presence, type PresenceMessage } from "../../actors/messages/presence.ts"
+import { presenceSubject } from "../../actors/messages/subjects.ts"
+import { Members } from "../../actors/presence/members.ts"
+import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
+import { testScope } from "../support/scoped.ts"
+
+const scope = testScope()
+afterEach(() => scope.close())
+
+it("tells once of each that comes, or comes back under a later epoch, and of each that goes", async () => {
+  const bus = new MemoryBus()
+  const members = await scope.start(Members.listen(bus, "main"))
+  const told: Array<string> = []
+  members.onCome((kind, id, epoch) => void told.push(`${kind} ${id} ${epoch} comes`))
+  members.onGone((kind, id, epoch) => void told.push(`${kind} ${id} ${epoch} goes`))
+  const say = async (kind: PresenceMessage["kind"], epoch: number, state: PresenceMessage["state"] = "serving") => {
+    bus.publish(presenceSubject("main"), Presence.encode({ kind, id: "x", node: "here", pid: 1, epoch, state }))
+    await new Promise((resolve) => setImmediate(resolve))
+  }
+  for (const epoch of [1, 1, 2, 1, 2]) await say("scheduler", epoch) // the fourth is an earlier one's last words
+  await say("worker", 7)
+  await say("scheduler", 2, "leaving")
+  await say("scheduler", 2)
+  expect(told).toEqual(["scheduler x 1 comes", "scheduler x 1 goes", "scheduler x 2 comes", "worker x 7 comes", "scheduler x 2 goes", "scheduler x 2 comes"])
+  expect(members.all.map(({ kind, epoch }) => [kind, epoch])).toEqual([
+    ["scheduler", 2],
+    ["worker", 7],
+  ])
+})

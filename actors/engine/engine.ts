@@ -8,6 +8,7 @@
  */
 import { limits } from "../../config/limits.ts"
 import type { Engine as Kernels } from "../../kernels/index.ts"
+import type { MeasuredCosts } from "../cost/measured-costs.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { TokenEvent } from "../messages/decode.ts"
 import type { BlockHash } from "../messages/hashes.ts"
@@ -17,7 +18,8 @@ import { BlockManager, type BlockEvents } from "./block-manager.ts"
 import { checkGeneration } from "./check-generation.ts"
 import type { Budget } from "./composer.ts"
 import { Generations, type EngineCounters } from "./generations.ts"
-import type { DecodeSink, GenerationSpec, PrefillSink } from "./sequence.ts"
+import { returningKv, type MissingKv, type ReturningKv } from "./missing-kv.ts"
+import type { DecodeSink, GenerationSpec, PrefillSink, Sequence } from "./sequence.ts"
 import { SequenceQueue } from "./sequence-queue.ts"
 import { StepLoop } from "./step-loop.ts"
 
@@ -28,6 +30,12 @@ export interface EngineOptions {
   readonly maxBatch: number
   readonly events?: BlockEvents
   readonly budget?: Partial<Budget>
+  /** Hears what steps take. */
+  readonly costs?: Pick<MeasuredCosts, "prefilled">
+  /** A sequence gives its blocks away, which have these contents, first block first. */
+  readonly onPreempt?: (hashes: ReadonlyArray<BlockHash>) => void
+  /** It has blocks again; what it lacks is computed once `settle` is called, which has to come, and soon. */
+  readonly onReturn?: (missing: ReturningKv) => void
 }
 
 /** Stands in for the prefill sink of a generation whose prompt was computed elsewhere. */
@@ -47,14 +55,15 @@ export class Engine {
   readonly #loop: StepLoop
   /** Settles when a step has failed: the engine is of no use any more, and its owner makes a new one. */
   readonly broken: Promise<Error>
-  readonly counters: EngineCounters = { steps: 0, promptTokens: 0, cachedTokens: 0, outputTokens: 0, computeMs: 0, prefillMs: 0 }
+  readonly counters: EngineCounters = { steps: 0, promptTokens: 0, cachedTokens: 0, outputTokens: 0, computeMs: 0, prefillMs: 0, restoredTokens: 0 }
 
   constructor(kernels: StepKernels, options: EngineOptions) {
     const { name, maxBatch } = options
     const { counters } = this
     const { blockTokens } = kernels.info
     const blocks = new BlockManager(kernels.info.blocks, options.events)
-    const queue = new SequenceQueue({ blocks, blockTokens, maxBatch, copyBlock: (from, to) => kernels.copyBlock(from, to) })
+    const onPreempt = ({ hashes, computed }: Sequence) => options.onPreempt?.(hashes.slice(0, Math.floor(computed / blockTokens)))
+    const queue = new SequenceQueue({ blocks, blockTokens, maxBatch, copyBlock: (from, to) => kernels.copyBlock(from, to), onPreempt })
     const generations = new Generations({ name, kernels, queue, counters })
     const budget: Budget = { tokens: limits.stepTokens, mixedTokens: limits.mixedStepTokens, outputs: limits.stepOutputs, ...options.budget }
     this.#kernels = kernels
@@ -63,7 +72,11 @@ export class Engine {
     this.blockTokens = blockTokens
     this.#queue = queue
     this.#generations = generations
-    this.#loop = new StepLoop({ name, kernels, blocks, blockTokens, budget, queue, generations, counters })
+    const onReturn = (sequence: Sequence) => {
+      const missing = options.onReturn === undefined ? undefined : returningKv(sequence, { name, kernels, blocks, blockTokens, notify: () => this.#loop.notify() })
+      if (missing !== undefined) options.onReturn?.(missing)
+    }
+    this.#loop = new StepLoop({ name, kernels, blocks, blockTokens, budget, queue, generations, counters, costs: options.costs, onReturn })
     this.#holds = new BlockHolds(blocks, kernels, () => this.#loop.notify()) // a reservation may wait for what is released
     this.broken = this.#loop.broken
   }
@@ -107,6 +120,25 @@ export class Engine {
     group.prefill = sink
     group.reportedBlocks = this.computedBlocks(id)
     this.#loop.notify()
+  }
+
+  /** Tokens of prompts that are being computed, or wait for it, before that of a generation that has not begun. */
+  get queuedTokens(): number {
+    return this.#generations.all.reduce((sum, { prefill, prefillDone, sequences }) => sum + (prefill === undefined || prefillDone ? 0 : sequences.reduce((pending, sequence) => pending + sequence.pending, 0)), 0)
+  }
+
+  /** What a reserved generation lacks. */
+  missingKv(id: string): MissingKv {
+    const { from, hashes } = this.missingBlocks(id)
+    const group = this.#generations.get(id)
+    return {
+      trace: group?.spec.trace,
+      tokens: group?.sequences[0]?.length ?? 0,
+      from,
+      hashes,
+      importLayers: (range, payload, seed, crc) => this.importLayers(id, range, payload, seed, crc),
+      accept: (blocks) => this.acceptPrefix(id, from, blocks),
+    }
   }
 
   /** The blocks that a reserved generation lacks: their place in its table, and their hashes. */

@@ -17,6 +17,8 @@ export interface EngineCounters {
   outputTokens: number
   computeMs: number
   prefillMs: number
+  /** Of preempted sequences: what was brought back and not computed again. */
+  restoredTokens: number
 }
 
 export interface GenerationsOptions {

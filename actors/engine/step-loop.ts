@@ -6,6 +6,7 @@ import type { Engine as Kernels, StepResult } from "../../kernels/index.ts"
 import type { BlockManager } from "./block-manager.ts"
 import { composeBatch, readOutput, type Output } from "./batch.ts"
 import { compose, type Budget, type Chunk } from "./composer.ts"
+import type { MeasuredCosts } from "../cost/measured-costs.ts"
 import type { EngineCounters, Generations } from "./generations.ts"
 import type { PrefillSink, Sequence } from "./sequence.ts"
 import type { SequenceQueue } from "./sequence-queue.ts"
@@ -20,6 +21,10 @@ export interface StepLoopOptions {
   readonly queue: SequenceQueue
   readonly generations: Generations
   readonly counters: EngineCounters
+  /** Hears what prompts take. */
+  readonly costs?: Pick<MeasuredCosts, "prefilled"> | undefined
+  /** A sequence that was preempted has blocks again, and has not begun. */
+  readonly onReturn?: ((sequence: Sequence) => void) | undefined
 }
 
 export class StepLoop {
@@ -83,7 +88,9 @@ export class StepLoop {
   }
 
   #announce(admitted: ReadonlyArray<Sequence>): void {
-    for (const { group } of admitted) {
+    for (const sequence of admitted) {
+      const { group } = sequence
+      if (sequence.preempted && group.prefill !== undefined) this.#options.onReturn?.(sequence)
       // One choice with blocks is enough to begin: to wait for all with some would be a deadlock in a small pool.
       if (group.reserved) continue
       group.reserved = true
@@ -117,12 +124,8 @@ export class StepLoop {
   }
 
   #apply(chunks: ReadonlyArray<Chunk>, outputs: ReadonlyArray<Output>, result: StepResult): void {
-    const { blocks, blockTokens, generations, counters } = this.#options
-    counters.steps++
-    counters.computeMs += result.computeMs
-    const rows = chunks.reduce((sum, { tokens }) => sum + tokens, 0)
-    const prefillRows = chunks.reduce((sum, { sequence, tokens }) => sum + (sequence.group.prefillDone ? 0 : tokens), 0)
-    counters.prefillMs += (result.computeMs * prefillRows) / rows
+    const { blocks, blockTokens, generations } = this.#options
+    this.#measure(chunks, result.computeMs)
     for (const { sequence, tokens } of chunks) {
       const sealed = Math.floor(sequence.computed / blockTokens)
       sequence.computed += tokens
@@ -141,6 +144,19 @@ export class StepLoop {
       if (draws !== undefined && !sequence.group.cancelled && !sequence.stopped) generations.draw(sequence, readOutput(result, index, sequence.group.spec.logprobs))
     })
     for (const { sequence } of chunks) generations.finishPrefill(sequence.group)
+  }
+
+  #measure(chunks: ReadonlyArray<Chunk>, computeMs: number): void {
+    const { counters, costs } = this.#options
+    counters.steps++
+    counters.computeMs += computeMs
+    const rowsOf = (some: ReadonlyArray<Chunk>) => some.reduce((sum, { tokens }) => sum + tokens, 0)
+    const rows = rowsOf(chunks)
+    counters.prefillMs += (computeMs * rowsOf(chunks.filter(({ sequence }) => !sequence.group.prefillDone))) / rows
+    // A few rows of a prompt among those that decode say little about prompts.
+    const several = chunks.filter(({ tokens }) => tokens > 1)
+    const work = several.map(({ sequence, tokens }) => ({ newTokens: tokens, prefixTokens: sequence.computed }))
+    if (2 * rowsOf(several) >= rows) costs?.prefilled({ work, ms: (computeMs * rowsOf(several)) / rows })
   }
 
   /** Log probabilities of the prompt, a run of positions a call. */

@@ -19,6 +19,7 @@ import { anyId, subject } from "../messages/subjects.ts"
 import { packTokens } from "../messages/tokens.ts"
 import type { Members } from "../presence/members.ts"
 import { tokenLogprob } from "./choice-output.ts"
+import { pinConversation } from "./pin-conversation.ts"
 import type { Prepared, ServedModel } from "./prepare.ts"
 
 export interface GenerateOptions {
@@ -174,8 +175,8 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
       [attributes.usageCachedInputTokens]: cachedTokens ?? 0,
       [attributes.responseFinishReasons]: outputs.map(({ finish }) => finish ?? "length"),
     })
-    // Whoever would have the KV store hold a live conversation's blocks for a while asks it here: those of the prompt and of the
-    // answer, but for its last token, whose KV was never computed.
+    const { tenant, conversation } = message
+    if (conversation !== undefined) Effect.runFork(pinConversation(options, { tenant, conversation, hashes: request.filled(), leaseMs: limits.conversationPinMs }))
     emit({ type: "done", usage: { promptTokens: request.prompt.length, completionTokens, cachedTokens: cachedTokens ?? 0 } })
   }).pipe(
     Effect.withSpan(spans.requestGenerate, {

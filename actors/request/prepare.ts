@@ -28,6 +28,8 @@ export interface Prepared {
   readonly hashes: ReadonlyArray<BlockHash>
   readonly maxTokens: number
   readonly outputs: ReadonlyArray<ChoiceOutput>
+  /** Chained hashes of the full blocks that the first choice has filled: the KV of its last token was not computed. */
+  filled(): ReadonlyArray<BlockHash>
   /** The message for decode, as of the tokens that `outputs` have now. */
   sequence(attempt: number): SequenceMessage
 }
@@ -92,6 +94,10 @@ export const prepare = (model: ServedModel, message: GenerateMessage): Prepared 
     hashes: chainHashes(root, prompt, model.blockTokens),
     maxTokens,
     outputs,
+    filled: () => {
+      const drawn = outputs[0]?.tokens.slice(0, -1) ?? []
+      return chainHashes(root, Int32Array.from([...prompt, ...drawn]), model.blockTokens)
+    },
     sequence: (attempt) => ({
       requestId: message.requestId,
       attempt,

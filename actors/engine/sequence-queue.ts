@@ -1,7 +1,7 @@
 /**
  * Which sequences run and which wait, and the blocks they hold. First come, first served; when the pool is full the
  * youngest is preempted, one whose reader is behind before all others: it gives its blocks back, waits in its place, and
- * recomputes what is no longer cached.
+ * recomputes what is no longer cached, or has it brought from where it was parked.
  */
 import type { BlockHash } from "../messages/hashes.ts"
 import type { BlockManager } from "./block-manager.ts"
@@ -17,6 +17,8 @@ export interface SequenceQueueOptions {
   /** Most sequences at once. */
   readonly maxBatch: number
   readonly copyBlock: (from: number, to: number) => void
+  /** A sequence gives its blocks away; they are still its own. */
+  readonly onPreempt?: ((sequence: Sequence) => void) | undefined
 }
 
 export class SequenceQueue {
@@ -64,6 +66,7 @@ export class SequenceQueue {
     const coming = new Set<BlockHash>()
     return this.running.filter((sequence) => {
       const { group } = sequence
+      if (sequence.returning !== undefined) return false
       if (group.prefill === undefined || group.held || group.paused || sequence.pending === 1) return true
       const scored = group.spec.promptLogprobs && !group.prefillDone
       if (!scored) this.#takeKnown(sequence)
@@ -174,6 +177,8 @@ export class SequenceQueue {
 
   #preempt(victim: Sequence): void {
     this.preemptions++
+    victim.preempted = true
+    this.#options.onPreempt?.(victim)
     this.#releaseBlocks(victim)
     this.running = this.running.filter((other) => other !== victim)
     this.waiting.splice(this.waiting.findLastIndex((other) => isOlder(other, victim)) + 1, 0, victim)
@@ -184,5 +189,6 @@ export class SequenceQueue {
     sequence.table = []
     sequence.computed = 0
     sequence.running = false
+    sequence.returning = undefined
   }
 }

@@ -12,7 +12,8 @@ export type JsonSchema = Readonly<Record<string, unknown>>
 export interface FieldOptions<T> {
   /** What an error says, after "expected". */
   readonly expected: string
-  readonly json: JsonSchema
+  /** A function where it takes more than this program to know. */
+  readonly json: JsonSchema | (() => JsonSchema)
   /** The value in the unit that the code uses; `undefined` where it is refused. */
   readonly read: (found: unknown) => T | undefined
   /** What was probably meant by a value that is refused. */

@@ -110,7 +110,7 @@ const scheduler = Schema.Struct({
     })
   )
 }).annotate({
-  json: { if: { properties: { admission: { not: { enum: ["none"] } } }, required: ["admission"] }, then: { required: ["objectives"] } }
+  json: { anyOf: [{ properties: { admission: { enum: ["none"] } } }, { required: ["objectives"] }] }
 })
 
 const kv = Schema.Struct({
@@ -153,7 +153,11 @@ const kvStore = Schema.Struct({
   eviction: key("Which blocks go first where there is no room.", oneOf(["lru", "lfu", "length-aware"]), "lru")
 })
 
-const model = text("the name of a model, or file:, hf: or pypi:", /\S/, { pattern: undefined, anyOf: [{ enum: modelNames() }, { pattern: "^(file|hf|pypi):." }] })
+const model = field({
+  expected: "the name of a model, or file:, hf: or pypi:",
+  json: () => ({ anyOf: [{ enum: modelNames() }, { type: "string", pattern: "^(file|hf|pypi):." }] }),
+  read: (found) => (typeof found === "string" && /\S/.test(found) ? found : undefined)
+})
 
 /**
  * What runs where: DESIGN section 7. Everything but `penstock` can be left out. Sizes are bytes and durations

@@ -1,12 +1,15 @@
+import { createHash } from "node:crypto"
 import { readFileSync } from "node:fs"
 import { basename, dirname, isAbsolute, resolve } from "node:path"
-import { Result, Schema, SchemaIssue } from "effect"
-import { isMap, isNode, isPair, isSeq, LineCounter, parseDocument, type Document } from "yaml"
+import { Result, Schema } from "effect"
 import { ConfigError } from "./config-error.ts"
+import { limits } from "./limits.ts"
 import { parseModel, type ModelSpec } from "./models.ts"
 import { nearest } from "./nearest.ts"
 import { notYet } from "./not-yet.ts"
-import { resolveBus, roles, Topology } from "./topology.ts"
+import { problemsOf, showFound, showPath, valueAt, type Problem } from "./problem.ts"
+import { natsSecrets, resolveBus, roles, Topology } from "./topology.ts"
+import { readYaml } from "./yaml-text.ts"
 
 /** What the command line and the environment say; it wins over the file, also after edits. */
 export interface TopologyOverrides {
@@ -19,97 +22,26 @@ export interface LoadedTopology {
   /** Absolute. */
   readonly path: string
   readonly model: ModelSpec
+  /** As it was read, before what overrides it. */
+  readonly text: string
+  readonly revision: string
 }
 
-type Path = ReadonlyArray<PropertyKey>
-
-interface Problem {
-  readonly path: Path
-  /** Where the key itself is wrong, its own line is meant and not its value's. */
-  readonly atKey?: boolean
-  readonly message: string
+export interface ParseTopologyOptions {
+  /** Of the file, absolute: relative paths in it start from its folder, and errors name it. */
+  readonly path: string
+  /** Applied again at every load. */
+  readonly overrides?: TopologyOverrides | undefined
 }
+
+/** Names a text of a topology file: 16 hex digits of its SHA-256, so that whoever edits can say what they have read. */
+export const revisionOf = (text: string): string => createHash("sha256").update(text).digest("hex").slice(0, 16)
 
 /** A file with nothing but a typo repeated should not fill the terminal. */
 const mostProblems = 20
 
-const show = (path: Path): string =>
-  path.reduce<string>((text, key) => (typeof key === "number" ? `${text}[${key}]` : text === "" ? String(key) : `${text}.${String(key)}`), "")
-
-const found = (value: unknown): string => {
-  const text = JSON.stringify(value) ?? "nothing"
-  return text.length > 60 ? `${text.slice(0, 57)}…` : text
-}
-
-const valueAt = (value: unknown, path: Path): unknown =>
-  path.reduce<unknown>((at, key) => (typeof at === "object" && at !== null ? (at as Record<PropertyKey, unknown>)[key] : undefined), value)
-
-/** Offset in the text of the node (or of its key) at a path, or of the nearest enclosing one that is written. */
-const offsetAt = (document: Document.Parsed, path: Path, atKey: boolean): number => {
-  let node: unknown = document.contents
-  let offset = document.contents?.range?.[0] ?? 0
-  for (const [index, key] of path.entries()) {
-    const last = index === path.length - 1
-    let value: unknown
-    if (isMap(node)) {
-      const pair = node.items.find((item) => isPair(item) && String(isNode(item.key) ? item.key.toJSON() : item.key) === String(key))
-      if (pair === undefined) break
-      if (isNode(pair.key)) offset = pair.key.range?.[0] ?? offset
-      if (last && atKey) break
-      value = pair.value
-    } else if (isSeq(node)) {
-      value = node.items[Number(key)]
-    }
-    if (!isNode(value)) break
-    // An empty value has no place of its own; its key's line is the one to look at.
-    if (value.range !== null && value.range !== undefined && value.toJSON() !== null) offset = value.range[0]
-    node = value
-  }
-  return offset
-}
-
-const keysOf = (ast: unknown): ReadonlyArray<string> => {
-  const signatures = (ast as { readonly propertySignatures?: ReadonlyArray<{ readonly name: PropertyKey }> }).propertySignatures
-  return signatures?.map((signature) => String(signature.name)) ?? []
-}
-
-/** Flattens Effect's tree of issues; the formatter that comes with it cannot name the allowed keys. */
-const flatten = (issue: SchemaIssue.Issue, path: Path, file: unknown): ReadonlyArray<Problem> => {
-  switch (issue._tag) {
-    case "Pointer":
-      return flatten(issue.issue, [...path, ...issue.path], file)
-    case "Filter":
-    case "Encoding":
-      return flatten(issue.issue, path, file)
-    case "Composite":
-    case "AnyOf":
-      return issue.issues.flatMap((inner) => flatten(inner, path, file))
-    case "UnexpectedKey": {
-      const allowed = keysOf(issue.ast)
-      const meant = nearest(String(path.at(-1)), allowed)
-      return [{ path, atKey: true, message: `unknown key${meant === undefined ? "" : `, did you mean ${meant}?`}; allowed: ${allowed.join(", ")}` }]
-    }
-    case "MissingKey":
-      return [{ path, message: "missing" }]
-    case "InvalidValue":
-      return [{ path, message: `${String(issue.annotations?.["message"] ?? "not valid")}, found ${found(valueAt(file, path))}` }]
-    case "InvalidType": {
-      const keys = keysOf(issue.ast)
-      const expected = keys.length > 0 ? `keys ${keys.join(", ")}` : issue.ast._tag === "Arrays" ? "a list" : "another type"
-      return [{ path, message: `expected ${expected}, found ${found(valueAt(file, path))}` }]
-    }
-    default:
-      return [{ path, message: "not valid" }]
-  }
-}
-
-/** A word out of a fixed list that is nearly right deserves the right one. */
-const withSuggestion = (problem: Problem, file: unknown): Problem => {
-  const value = valueAt(file, problem.path)
-  const list = /^expected one of ([^,]+(?:, [^,]+)*), found /.exec(problem.message)?.[1]
-  const meant = typeof value === "string" && list !== undefined ? nearest(value, list.split(", ")) : undefined
-  return meant === undefined ? problem : { ...problem, message: `${problem.message}; did you mean ${meant}?` }
-}
+/** Those among which the first ones are looked for. */
+const mostPlaced = 200
 
 /** What no single field can tell. */
 const crossChecks = (topology: Topology): ReadonlyArray<Problem> => {
@@ -129,6 +61,15 @@ const crossChecks = (topology: Topology): ReadonlyArray<Problem> => {
       problems.push({ path: ["workers"], message: `no worker has the role ${role}; at least one must` })
     }
   }
+  if (topology.bus !== "memory" && "url" in topology.bus.nats) {
+    const { nats } = topology.bus
+    const said = natsSecrets.filter((secret) => nats[secret] !== undefined)
+    if (said.length > 1) problems.push({ path: ["bus", "nats", said[1]!], message: `one of ${natsSecrets.join(", ")} is enough, found ${said.join(" and ")}` })
+    // A certificate is of no use without its key.
+    for (const [one, other] of [["cert", "key"], ["key", "cert"]] as const) {
+      if (nats.tls?.[one] !== undefined && nats.tls[other] === undefined) problems.push({ path: ["bus", "nats", "tls", one], message: `needs ${other} beside it` })
+    }
+  }
   if (topology.scheduler.admission !== "none" && topology.scheduler.objectives === undefined) {
     problems.push({ path: ["scheduler", "admission"], message: `${topology.scheduler.admission} needs objectives: { ttft: …, tbt: … }` })
   }
@@ -136,37 +77,31 @@ const crossChecks = (topology: Topology): ReadonlyArray<Problem> => {
 }
 
 /**
- * Checks the text of a topology file.
+ * Checks the text of a topology file, wherever it comes from: a file, a request, another machine.
  * @param text YAML 1.2
- * @param path of the file, for relative paths in it and for errors
  * @throws ConfigError with one line for each mistake, at most 20: `single.yaml:7: workers[0].rolls: unknown key, did you
  *   mean roles?; allowed: …`
  */
-export const parseTopology = (text: string, path: string, overrides: TopologyOverrides = {}): LoadedTopology => {
-  const lines = new LineCounter()
-  const document = parseDocument(text, { lineCounter: lines, prettyErrors: false, uniqueKeys: true })
+export const parseTopology = (text: string, { path, overrides = {} }: ParseTopologyOptions): LoadedTopology => {
   const file = basename(path)
-  const fail = (problems: ReadonlyArray<{ readonly line: number; readonly message: string }>): never => {
-    const sorted = [...problems].sort((a, b) => a.line - b.line).map(({ line, message }) => `${file}:${line}: ${message}`)
-    const rest = sorted.length - mostProblems
-    throw new ConfigError(rest > 0 ? [...sorted.slice(0, mostProblems), `${file}: and ${rest} more`] : sorted)
+  const bytes = Buffer.byteLength(text)
+  if (bytes > limits.topologyBytes) throw new ConfigError([`${file}:1: expected at most ${limits.topologyBytes} bytes, found ${bytes}`])
+  const yaml = readYaml(text)
+  const { value } = yaml
+  /** A problem's place is looked for only where it may be shown. */
+  const fail = <P extends { readonly message: string }>(problems: ReadonlyArray<P>, offsetOf: (problem: P) => number): never => {
+    const placed = problems.slice(0, mostPlaced).map((problem) => ({ line: yaml.lineOf(offsetOf(problem)), message: problem.message }))
+    const once = [...new Set(placed.sort((a, b) => a.line - b.line).map(({ line, message }) => `${file}:${line}: ${message}`))]
+    const rest = once.length - mostProblems + problems.length - placed.length
+    throw new ConfigError(rest > 0 ? [...once.slice(0, mostProblems), `${file}: and ${rest} more`] : once)
   }
   const refuse = (problems: ReadonlyArray<Problem>): never =>
-    fail(problems.map((problem) => ({
-      line: lines.linePos(offsetAt(document, problem.path, problem.atKey === true)).line,
-      message: problem.path.length === 0 ? problem.message : `${show(problem.path)}: ${problem.message}`
-    })))
-
-  if (document.errors.length > 0) {
-    return fail(document.errors.map((error) => ({ line: lines.linePos(error.pos[0]).line, message: `not valid YAML: ${error.message}` })))
-  }
-  let value: unknown
-  try {
-    value = document.toJS({ maxAliasCount: 100 })
-  } catch (error) {
-    return fail([{ line: 1, message: `not valid YAML: ${error instanceof Error ? error.message : String(error)}` }])
-  }
-  if (value === null || value === undefined) return fail([{ line: 1, message: "the file is empty; it must at least say penstock: 1" }])
+    fail(
+      problems.map((problem) => ({ ...problem, message: problem.path.length === 0 ? problem.message : `${showPath(problem.path)}: ${problem.message}` })),
+      ({ path, atKey }) => yaml.offsetOf(path, atKey === true),
+    )
+  if (yaml.flaws.length > 0) return fail(yaml.flaws, ({ offset }) => offset)
+  if (value === null || value === undefined) return refuse([{ path: [], message: "the file is empty; it must at least say penstock: 1" }])
 
   const decode = (onExcessProperty: "error" | "ignore") => Schema.decodeUnknownResult(Topology, { errors: "all", onExcessProperty })(value)
   const decoded = decode("error")
@@ -174,8 +109,7 @@ export const parseTopology = (text: string, path: string, overrides: TopologyOve
     // An unknown key ends the decoding of its mapping before the values are looked at; a second pass shows those as well.
     const values = decode("ignore")
     const issues = Result.isFailure(values) ? [decoded.failure.issue, values.failure.issue] : [decoded.failure.issue]
-    const problems = issues.flatMap((issue) => flatten(issue, [], value)).map((problem) => withSuggestion(problem, value))
-    return refuse([...new Map(problems.map((problem) => [`${show(problem.path)} ${problem.message}`, problem])).values()])
+    return refuse(issues.flatMap((issue) => problemsOf(issue, value, nearest)))
   }
   const written = decoded.success
   const keys = written.gateway.keys
@@ -193,7 +127,7 @@ export const parseTopology = (text: string, path: string, overrides: TopologyOve
   }
   const problems: Array<Problem> = [
     ...crossChecks(topology),
-    ...notYet(topology).map((entry) => ({ path: entry.path, message: `${found(valueAt(value, entry.path))} is not available yet: use ${entry.use}` }))
+    ...notYet(topology).map((entry) => ({ path: entry.path, message: `${showFound(valueAt(value, entry.path))} is not available yet: use ${entry.use}` }))
   ]
   let model: ModelSpec | undefined
   try {
@@ -203,7 +137,7 @@ export const parseTopology = (text: string, path: string, overrides: TopologyOve
     problems.push({ path: ["model"], message: error.message.replace(/^model: /, "") })
   }
   if (problems.length > 0 || model === undefined) return refuse(problems)
-  return { topology, path, model }
+  return { topology, path, model, text, revision: revisionOf(text) }
 }
 
 /**
@@ -219,5 +153,5 @@ export const loadTopology = (path: string, overrides: TopologyOverrides = {}): L
     const code = (error as NodeJS.ErrnoException).code
     throw new ConfigError([`${path}: ${code === "ENOENT" ? "no such file" : `cannot be read (${code})`}; give a topology file, such as config/topologies/single.yaml`])
   }
-  return parseTopology(text, absolute, overrides)
+  return parseTopology(text, { path: absolute, overrides })
 }

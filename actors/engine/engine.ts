@@ -26,7 +26,7 @@ import { StepLoop } from "./step-loop.ts"
 export interface EngineOptions {
   /** Names the engine in faults, for example "worker w0". */
   readonly name: string
-  /** Most sequences at once. */
+  /** Most sequences at once; `resize` changes it. */
   readonly maxBatch: number
   readonly events?: BlockEvents
   readonly budget?: Partial<Budget>
@@ -37,6 +37,9 @@ export interface EngineOptions {
   /** It has blocks again; what it lacks is computed once `settle` is called, which has to come, and soon. */
   readonly onReturn?: (missing: ReturningKv) => void
 }
+
+/** What a generation's sinks hear, where it is not they who stopped it. */
+export type CancelReason = Pick<Fault, "code" | "message">
 
 /** What the engine needs of kernels' Engine. */
 export type StepKernels = Pick<Kernels, "info" | "createSampler" | "freeSampler" | "step" | "exportLayers" | "importLayers" | "copyBlock">
@@ -73,7 +76,8 @@ export class Engine {
       const missing = options.onReturn === undefined ? undefined : returningKv(sequence, { name, kernels, blocks, blockTokens, notify: () => this.#loop.notify() })
       if (missing !== undefined) options.onReturn?.(missing)
     }
-    this.#loop = new StepLoop({ name, kernels, blocks, blockTokens, budget, queue, generations, counters, costs: options.costs, onReturn, check: () => this.checkInvariants() })
+    const cancel = (id: string, why: CancelReason) => this.cancel(id, why)
+    this.#loop = new StepLoop({ name, cancel, kernels, blocks, blockTokens, budget, queue, generations, counters, costs: options.costs, onReturn, check: () => this.checkInvariants() })
     this.#holds = new BlockHolds(blocks, kernels, () => this.#loop.notify()) // a reservation may wait for what is released
     this.broken = this.#loop.broken
   }
@@ -87,8 +91,36 @@ export class Engine {
     return this.#generations.all.some((group) => !group.prefillDone || group.held)
   }
 
+  get maxBatch(): number {
+    return this.#queue.maxBatch
+  }
+
+  /** Blocks are on their way from the pool to others. */
+  get isSending(): boolean {
+    return [...this.#holds.tables].length > 0
+  }
+
+  /** What is decoded here or is to be, in order of arrival: its choices that are not finished, and the blocks that these take now. */
+  get decoding(): Array<{ readonly id: string; readonly choices: number; readonly blocks: number }> {
+    return this.#generations.all.flatMap((group) => {
+      if (group.cancelled || group.spec.prefillOnly === true) return []
+      const unfinished = group.sequences.filter(({ finished }) => !finished)
+      return [{ id: group.spec.id, choices: unfinished.length + group.unforked, blocks: unfinished.reduce((sum, { length }) => sum + Math.ceil(length / this.blockTokens), 0) }]
+    })
+  }
+
   get requestIds(): Array<string> {
     return this.#generations.all.map(({ spec }) => spec.requestId)
+  }
+
+  /**
+   * Takes other bounds; of the pool, up to what was allocated. What runs keeps its slot; where there are too few blocks for it,
+   * cached ones are evicted and the youngest recomputed later. What can never fit again is failed as `moved`.
+   */
+  resize({ maxBatch, blocks }: { readonly maxBatch?: number | undefined; readonly blocks?: number | undefined }): void {
+    if (maxBatch !== undefined) this.#queue.maxBatch = maxBatch
+    if (blocks !== undefined) this.blocks.limit = blocks
+    this.#loop.notify()
   }
 
   /**
@@ -96,11 +128,11 @@ export class Engine {
    * its tokens are more than the context or the pool holds, or its choices more than a batch does.
    */
   reserve(spec: GenerationSpec, sink: DecodeSink): void {
-    const { name, maxBatch } = this.#options
+    const { name } = this.#options
     const { contextLength, vocabulary } = this.#kernels.info
     if (this.#loop.closed) throw new Fault({ code: "shutting_down", message: `${name} is stopping`, hop: name })
     if (this.#generations.get(spec.id) !== undefined) throw new Fault({ code: "invalid_request", message: `transfer ${spec.id} exists already`, hop: name })
-    checkGeneration(spec, { name, maxBatch, contextLength, vocabulary, poolTokens: this.blocks.total * this.blockTokens })
+    checkGeneration(spec, { name, maxBatch: this.maxBatch, contextLength, vocabulary, poolTokens: this.blocks.limit * this.blockTokens })
     try {
       this.#generations.add(spec, sink)
     } catch (error) {
@@ -224,15 +256,15 @@ export class Engine {
   }
 
   /**
-   * Stops a generation and frees its blocks: now, or at the end of the step in flight. Its sinks hear it at once, so that
-   * the one that did not ask for it does not wait for ever, and nothing after that.
+   * Stops a generation and frees its blocks: now, or at the end of the step in flight. Its sinks hear why at once, so that
+   * the one that did not ask for it does not wait for ever, and nothing after that. Its full blocks stay cached.
    */
-  cancel(id: string): void {
+  cancel(id: string, why: CancelReason = { code: "cancelled", message: "the generation was cancelled" }): void {
     const group = this.#generations.get(id)
     if (group === undefined || group.cancelled) return
     group.cancelled = true
     if (!this.#loop.stepping) this.#generations.drop(group)
-    const fault = new Fault({ code: "cancelled", message: `${this.#options.name}: the generation was cancelled`, hop: this.#options.name })
+    const fault = new Fault({ code: why.code, message: `${this.#options.name}: ${why.message}`, hop: this.#options.name })
     group.prefill?.failed(fault)
     group.sink.failed(fault)
     this.#loop.notify()

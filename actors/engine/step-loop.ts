@@ -22,6 +22,7 @@ export interface StepLoopOptions {
   readonly budget: Budget
   readonly queue: SequenceQueue
   readonly generations: Generations
+  readonly cancel: (id: string, why: { readonly code: "moved"; readonly message: string }) => void
   readonly counters: EngineCounters
   /** Hears what prompts take. */
   readonly costs?: Pick<MeasuredCosts, "prefilled"> | undefined
@@ -77,6 +78,7 @@ export class StepLoop {
     while (!this.#closed) {
       try {
         generations.reap()
+        this.#fit()
         this.#announce(queue.admit())
         const { preemptions } = queue
         const chunks = queue.ensureBlocks(compose(queue.ready(), budget))
@@ -110,6 +112,13 @@ export class StepLoop {
       this.#lost = { error }
       this.notify()
     }
+  }
+
+  /** What the bounds do not allow any more: the youngest give their blocks back, and what will never fit is for another worker. */
+  #fit(): void {
+    const { queue, cancel } = this.#options
+    queue.giveBack()
+    for (const { group } of queue.misfits()) cancel(group.spec.id, { code: "moved", message: "it does not fit here any more" })
   }
 
   #announce(admitted: ReadonlyArray<Sequence>): void {

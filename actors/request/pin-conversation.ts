@@ -17,13 +17,13 @@ export interface PinnedConversation {
 
 /** Nobody waits for it: where there is no store, or it does not answer, the blocks are kept like all others. */
 export const pinConversation = (
-  { link, cluster, model }: { readonly link: Link; readonly cluster: string; readonly model: Pick<ServedModel, "formatId"> },
+  { link, namespace, model }: { readonly link: Link; readonly namespace: string; readonly model: Pick<ServedModel, "formatId"> },
   { tenant, conversation, hashes, leaseMs }: PinnedConversation,
 ): Effect.Effect<void> =>
   Effect.ignore(
     link.ask(
       Pin,
-      subject(cluster, "kv-store", anyId, Pin.verb),
+      subject(namespace, "kv-store", anyId, Pin.verb),
       { formatId: model.formatId, hashes: packHashes(hashes), owner: conversation, tenant, leaseMs },
       { hop: "kv-store", deadlineMs: limits.storeDeadlineMs },
     ),

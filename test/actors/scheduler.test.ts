@@ -227,14 +227,14 @@ describe("the scheduler", () => {
   /** Runs a test beside a scheduler on a virtual clock. */
   const beside = (test: Effect.Effect<void, unknown>, options: { readonly policy?: PolicyName; readonly queue?: number } = {}): Promise<void> =>
     Effect.runPromise(
-      Effect.scoped(Effect.andThen(schedulerActor({ link: new Link(bus, "scheduler s0", 5), cluster: "test", policy: "least-loaded", queue: 2, ...options }), test)).pipe(Effect.provide(TestClock.layer())),
+      Effect.scoped(Effect.andThen(schedulerActor({ link: new Link(bus, "scheduler s0", 5), namespace: "test", policy: "least-loaded", queue: 2, ...options }), test)).pipe(Effect.provide(TestClock.layer())),
     )
 
   it("answers with the worker, what it waits for there, and its own epoch", () =>
     beside(
       Effect.gen(function* () {
         yield* beat(heartbeat("w"))
-        expect(yield* place(request("r", upTo(40)))).toEqual({ prefill: "w", decode: "w", prefixBlocks: 0, estimates: { queuedTokens: 0, computeTokens: 40 }, epoch: 5 })
+        expect(yield* place(request("r", upTo(40)))).toEqual({ prefill: "w", decode: "w", prefixBlocks: 0, estimates: { queuedTokens: 0, computeTokens: 40 }, epochs: { prefill: 1, decode: 1 }, epoch: 5 })
         yield* link.tell(KvEvents, to(KvEvents.verb), events("w", upTo(32)))
         expect(yield* place(request("s", upTo(40)))).toMatchObject({ prefixBlocks: 2, estimates: { queuedTokens: 40, computeTokens: 8 } })
         yield* link.tell(Prefilled, to(Prefilled.verb), { requestId: "r", attempt: 0 })

@@ -21,6 +21,8 @@ const table: ReadonlyArray<readonly [FaultCode, status: number, code: string | n
   ["overloaded", 429, "rate_limit_exceeded"],
   ["unavailable", 503, "unavailable"],
   ["shutting_down", 503, "shutting_down"],
+  ["moved", 503, "unavailable"],
+  ["stale", 503, "unavailable"],
   ["deadline_exceeded", 504, "deadline_exceeded"],
   ["disconnected", 502, "disconnected"],
   ["cancelled", 499, "cancelled"],
@@ -71,7 +73,7 @@ describe("a fault of the request actor", () => {
   })
 
   it("nobody serving requests is a 503", async () => {
-    const alone = await startGateway({ cluster: "empty" })
+    const alone = await startGateway({ namespace: "empty" })
     const response = await alone.post("/v1/chat/completions", chat)
     expect(response.status).toBe(503)
     expect(await response.json()).toMatchObject({ error: { code: "unavailable" } })

@@ -187,7 +187,7 @@ export const limits = {
   kvProgressIntervalMs: 100,
   /** A transfer on which nothing comes for this long has failed. */
   kvSilenceMs: 10_000,
-  /** KV events kept by a worker for a scheduler that missed some. */
+  /** KV events of one message; a scheduler that misses some asks for a dump. */
   kvEventRing: 4_096,
   /** Share of the machine's free memory that `kv.blocks: auto` takes at most, and its bound. */
   autoPoolMemoryShare: 0.25,

@@ -15,9 +15,9 @@ export interface Problem {
 export const showPath = (path: Path): string =>
   path.reduce<string>((text, key) => (typeof key === "number" ? `${text}[${key}]` : text === "" ? String(key) : `${text}.${String(key)}`), "")
 
-/** A value that was found, as an error shows it. */
+/** A value that was found, as an error shows it: without what stands before the @ of an address, which may be a password. */
 export const showFound = (value: unknown): string => {
-  const text = JSON.stringify(value) ?? "nothing"
+  const text = (JSON.stringify(value) ?? "nothing").replace(/\/\/[^/@\s"]*@/g, "//…@")
   return text.length > 60 ? `${text.slice(0, 57)}…` : text
 }
 

@@ -2,6 +2,8 @@
  * Every bound of the system in one place: units last in the name, relations asserted at start.
  */
 export const limits = {
+  /** Most bytes of a topology file: a hundred workers with every key take 20 KiB. */
+  topologyBytes: 64 * 1024,
   /** Most actors' messages waiting in one mailbox; the next is refused as overloaded. */
   mailboxMessages: 1024,
   /** Most streams (requests) an actor serves at once; the next is refused as overloaded. */

@@ -1,8 +1,10 @@
+import { createHash } from "node:crypto"
 import { readFileSync } from "node:fs"
 import { basename, dirname, isAbsolute, resolve } from "node:path"
 import { Result, Schema, SchemaIssue } from "effect"
-import { isMap, isNode, isPair, isSeq, LineCounter, parseDocument, type Document } from "yaml"
+import { isMap, isNode, isPair, isScalar, isSeq, LineCounter, parseDocument, visit, type Document, type YAMLParseError } from "yaml"
 import { ConfigError } from "./config-error.ts"
+import { limits } from "./limits.ts"
 import { parseModel, type ModelSpec } from "./models.ts"
 import { nearest } from "./nearest.ts"
 import { notYet } from "./not-yet.ts"
@@ -19,7 +21,20 @@ export interface LoadedTopology {
   /** Absolute. */
   readonly path: string
   readonly model: ModelSpec
+  /** As it was read, before what overrides it. */
+  readonly text: string
+  readonly revision: string
 }
+
+export interface ParseTopologyOptions {
+  /** Of the file, absolute: relative paths in it start from its folder, and errors name it. */
+  readonly path: string
+  /** Applied again at every load. */
+  readonly overrides?: TopologyOverrides | undefined
+}
+
+/** Names a text of a topology file: 16 hex digits of its SHA-256, so that whoever edits can say what they have read. */
+export const revisionOf = (text: string): string => createHash("sha256").update(text).digest("hex").slice(0, 16)
 
 type Path = ReadonlyArray<PropertyKey>
 
@@ -32,6 +47,9 @@ interface Problem {
 
 /** A file with nothing but a typo repeated should not fill the terminal. */
 const mostProblems = 20
+
+/** Those among which the first ones are looked for. */
+const mostPlaced = 200
 
 const show = (path: Path): string =>
   path.reduce<string>((text, key) => (typeof key === "number" ? `${text}[${key}]` : text === "" ? String(key) : `${text}.${String(key)}`), "")
@@ -52,7 +70,7 @@ const offsetAt = (document: Document.Parsed, path: Path, atKey: boolean): number
     const last = index === path.length - 1
     let value: unknown
     if (isMap(node)) {
-      const pair = node.items.find((item) => isPair(item) && String(isNode(item.key) ? item.key.toJSON() : item.key) === String(key))
+      const pair = node.items.find((item) => isPair(item) && String(isScalar(item.key) ? item.key.value : isNode(item.key) ? item.key.toJSON() : item.key) === String(key))
       if (pair === undefined) break
       if (isNode(pair.key)) offset = pair.key.range?.[0] ?? offset
       if (last && atKey) break
@@ -135,38 +153,83 @@ const crossChecks = (topology: Topology): ReadonlyArray<Problem> => {
   return problems
 }
 
+/** What the parser of YAML says, in words for who writes the file; `end` is the length of what is written in it. */
+const explainYaml = (error: YAMLParseError, end: number): string => {
+  switch (error.code) {
+    case "MULTIPLE_DOCS":
+      return "a second document begins here (---); a file holds one topology"
+    case "TAB_AS_INDENT":
+      return "not valid YAML: indent with spaces, not with tabs"
+    case "RESOURCE_EXHAUSTION":
+      return "not valid YAML: nested too deeply"
+    default: {
+      const cutOff = (error.code === "BAD_INDENT" || error.code === "MISSING_CHAR") && error.pos[1] >= end
+      return `not valid YAML: ${cutOff ? "the file ends in the middle of a value: " : ""}${error.message}`
+    }
+  }
+}
+
+/** Keys that a mapping has twice. YAML's own check compares each with each, which takes seconds where there are thousands. */
+const duplicateKeys = (document: Document.Parsed): ReadonlyArray<{ readonly key: string; readonly offset: number; readonly firstOffset: number }> => {
+  const found: Array<{ key: string; offset: number; firstOffset: number }> = []
+  visit(document, {
+    Map: (_, { items }) => {
+      const first = new Map<string, number>()
+      for (const { key } of items) {
+        if (!isScalar(key)) continue
+        const [name, offset] = [String(key.value), key.range?.[0] ?? 0]
+        const firstOffset = first.get(name)
+        if (firstOffset === undefined) first.set(name, offset)
+        else found.push({ key: name, offset, firstOffset })
+      }
+    },
+  })
+  return found
+}
+
 /**
- * Checks the text of a topology file.
+ * Checks the text of a topology file, wherever it comes from: a file, a request, another machine.
  * @param text YAML 1.2
- * @param path of the file, for relative paths in it and for errors
  * @throws ConfigError with one line for each mistake, at most 20: `single.yaml:7: workers[0].rolls: unknown key, did you
  *   mean roles?; allowed: …`
  */
-export const parseTopology = (text: string, path: string, overrides: TopologyOverrides = {}): LoadedTopology => {
-  const lines = new LineCounter()
-  const document = parseDocument(text, { lineCounter: lines, prettyErrors: false, uniqueKeys: true })
+export const parseTopology = (text: string, { path, overrides = {} }: ParseTopologyOptions): LoadedTopology => {
   const file = basename(path)
-  const fail = (problems: ReadonlyArray<{ readonly line: number; readonly message: string }>): never => {
-    const sorted = [...problems].sort((a, b) => a.line - b.line).map(({ line, message }) => `${file}:${line}: ${message}`)
-    const rest = sorted.length - mostProblems
-    throw new ConfigError(rest > 0 ? [...sorted.slice(0, mostProblems), `${file}: and ${rest} more`] : sorted)
+  const lines = new LineCounter()
+  /** A problem's place is looked for only where it may be shown. */
+  const fail = <P extends { readonly message: string }>(problems: ReadonlyArray<P>, offsetOf: (problem: P) => number = () => 0): never => {
+    const placed = problems.slice(0, mostPlaced).map((problem) => ({ line: Math.max(1, lines.linePos(offsetOf(problem)).line), message: problem.message }))
+    const once = [...new Set(placed.sort((a, b) => a.line - b.line).map(({ line, message }) => `${file}:${line}: ${message}`))]
+    const rest = once.length - mostProblems + problems.length - placed.length
+    throw new ConfigError(rest > 0 ? [...once.slice(0, mostProblems), `${file}: and ${rest} more`] : once)
   }
+  const bytes = Buffer.byteLength(text)
+  if (bytes > limits.topologyBytes) return fail([{ message: `expected at most ${limits.topologyBytes} bytes, found ${bytes}` }])
+  const document = parseDocument(text, { lineCounter: lines, prettyErrors: false, uniqueKeys: false, logLevel: "error" })
   const refuse = (problems: ReadonlyArray<Problem>): never =>
-    fail(problems.map((problem) => ({
-      line: lines.linePos(offsetAt(document, problem.path, problem.atKey === true)).line,
-      message: problem.path.length === 0 ? problem.message : `${show(problem.path)}: ${problem.message}`
-    })))
+    fail(
+      problems.map(({ path, atKey, message }) => ({ path, atKey, message: path.length === 0 ? message : `${show(path)}: ${message}` })),
+      ({ path, atKey }) => offsetAt(document, path, atKey === true),
+    )
 
   if (document.errors.length > 0) {
-    return fail(document.errors.map((error) => ({ line: lines.linePos(error.pos[0]).line, message: `not valid YAML: ${error.message}` })))
+    const end = text.trimEnd().length
+    return fail(document.errors.map((error) => ({ message: explainYaml(error, end), offset: error.pos[0] })), ({ offset }) => offset)
+  }
+  const duplicates = duplicateKeys(document)
+  if (duplicates.length > 0) {
+    return fail(
+      duplicates.map(({ key, offset, firstOffset }) => ({ message: `the key ${key} is given twice, first in line ${lines.linePos(firstOffset).line}; write it once`, offset })),
+      ({ offset }) => offset,
+    )
   }
   let value: unknown
   try {
     value = document.toJS({ maxAliasCount: 100 })
   } catch (error) {
-    return fail([{ line: 1, message: `not valid YAML: ${error instanceof Error ? error.message : String(error)}` }])
+    return fail([{ message: `not valid YAML: ${error instanceof Error ? error.message : String(error)}` }])
   }
-  if (value === null || value === undefined) return fail([{ line: 1, message: "the file is empty; it must at least say penstock: 1" }])
+  if (value === null || value === undefined) return fail([{ message: "the file is empty; it must at least say penstock: 1" }])
 
   const decode = (onExcessProperty: "error" | "ignore") => Schema.decodeUnknownResult(Topology, { errors: "all", onExcessProperty })(value)
   const decoded = decode("error")
@@ -203,7 +266,7 @@ export const parseTopology = (text: string, path: string, overrides: TopologyOve
     problems.push({ path: ["model"], message: error.message.replace(/^model: /, "") })
   }
   if (problems.length > 0 || model === undefined) return refuse(problems)
-  return { topology, path, model }
+  return { topology, path, model, text, revision: revisionOf(text) }
 }
 
 /**
@@ -219,5 +282,5 @@ export const loadTopology = (path: string, overrides: TopologyOverrides = {}): L
     const code = (error as NodeJS.ErrnoException).code
     throw new ConfigError([`${path}: ${code === "ENOENT" ? "no such file" : `cannot be read (${code})`}; give a topology file, such as config/topologies/single.yaml`])
   }
-  return parseTopology(text, absolute, overrides)
+  return parseTopology(text, { path: absolute, overrides })
 }

@@ -1,7 +1,7 @@
 import { expect, test } from "vitest"
 import { parseTopology } from "../../config/load-topology.ts"
 
-const bus = (line: string) => parseTopology(`penstock: 1\nbus: ${line}\n`, "/somewhere/x.yaml").topology.bus
+const bus = (line: string) => parseTopology(`penstock: 1\nbus: ${line}\n`, { path: "/somewhere/x.yaml" }).topology.bus
 
 test("the paths of a bus's files start from the topology's folder", () => {
   expect(bus("{ nats: { url: nats://broker:4222, credentials: keys/p.creds, tls: { ca: ca.pem, cert: /etc/c.pem, key: ../k.pem } } }")).toEqual({

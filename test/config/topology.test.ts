@@ -1,3 +1,4 @@
+import { createHash } from "node:crypto"
 import { readFileSync } from "node:fs"
 import { fileURLToPath } from "node:url"
 import { describe, expect, test } from "vitest"
@@ -9,7 +10,7 @@ const single = fileURLToPath(new URL("../../config/topologies/single.yaml", impo
 
 const problems = (text: string): ReadonlyArray<string> => {
   try {
-    parseTopology(text, "/somewhere/single.yaml")
+    parseTopology(text, { path: "/somewhere/single.yaml" })
   } catch (error) {
     if (error instanceof ConfigError) return error.problems
     throw error
@@ -20,7 +21,7 @@ const problems = (text: string): ReadonlyArray<string> => {
 describe("a topology file", () => {
   test("the default one is complete, and says the same as one line", () => {
     const full = loadTopology(single).topology
-    expect(full).toEqual(parseTopology("penstock: 1", "/somewhere/x.yaml").topology)
+    expect(full).toEqual(parseTopology("penstock: 1", { path: "/somewhere/x.yaml" }).topology)
     expect(full.kvStore).toEqual({ replicas: 1, memory: 256 * 2 ** 20, disk: { path: "auto", size: 2 * 2 ** 30 }, eviction: "lru" })
     expect(full.workers[0]).toEqual({ name: "w0", roles: ["prefill", "decode"], device: "cpu", threads: "auto", kv: { blocks: "auto", dtype: "f16", blockTokens: 16 }, maxBatch: 32 })
   })
@@ -67,7 +68,7 @@ describe("a topology file", () => {
   })
 
   test.each(["f16", "int8", "int4"])("the KV of workers is %s where the file says so, and the same everywhere", (dtype) => {
-    expect(parseTopology(`penstock: 1\nworkers: [{ name: a, kv: { dtype: ${dtype} } }]\n`, "/somewhere/single.yaml").topology.workers[0]!.kv.dtype).toBe(dtype)
+    expect(parseTopology(`penstock: 1\nworkers: [{ name: a, kv: { dtype: ${dtype} } }]\n`, { path: "/somewhere/single.yaml" }).topology.workers[0]!.kv.dtype).toBe(dtype)
     const other = dtype === "f16" ? "int8" : "f16"
     expect(problems(`penstock: 1\nworkers:\n  - { name: a, kv: { dtype: ${other} } }\n  - { name: b, kv: { dtype: ${dtype} } }\n`)).toEqual([`single.yaml:4: workers[1].kv.dtype: expected ${other}, as workers[0] has, found ${dtype}`])
   })
@@ -82,7 +83,14 @@ describe("a topology file", () => {
   test.each([
     ["", "the file is empty"],
     ["a: [", "not valid YAML"],
-    ["penstock: 1\npenstock: 1", "single.yaml:2: not valid YAML: Map keys must be unique"],
+    ["penstock: 1\npenstock: 1", "single.yaml:2: the key penstock is given twice, first in line 1; write it once"],
+    ["penstock: 1\ngateway: { \"port\": 0,\n  port: 1, port: 2 }", "single.yaml:3: the key port is given twice"],
+    ["penstock: 1\n---\npenstock: 1", "single.yaml:2: a second document begins here (---)"],
+    ["penstock: 1\n\tgateway: {}", "single.yaml:2: not valid YAML: indent with spaces"],
+    ["penstock: 1\nworkers:\n  - { name: w0, ro", "single.yaml:3: not valid YAML: the file ends in the middle of a value"],
+    ["penstock: 1\nmodel: *m\n", "Unresolved alias"],
+    ["# penstock: 1\n", "the file is empty"],
+    [`penstock: 1\n#${"x".repeat(300_000)}`, "expected at most 65536 bytes"],
     ["[1]", "expected keys penstock"],
     ["penstock: 1\ngateway:\n", "single.yaml:2: gateway: expected keys host, port, replicas, keys, found null"],
     ["penstock: 1\nmodel: smolm2-135m\n", "did you mean smollm2-135m?"]
@@ -91,13 +99,36 @@ describe("a topology file", () => {
     expect(problems(text)[0]).toMatch(/^single\.yaml:\d+: /)
   })
 
+  test.each(["[", "- ", "*a\n", "[]\n", "key: 1\n", "k: {}\n&a k: *a\n"])("%j again and again is refused without taking the process along", (piece) => {
+    const found = problems(`penstock: 1\n${piece.repeat(8_000 / piece.length)}`)
+    expect(found[0]).toMatch(/^single\.yaml:\d+: /)
+    expect(found.length).toBeLessThanOrEqual(21)
+  })
+
+  test("a text that is cut off anywhere is refused or is a topology, and nothing else happens", () => {
+    const text = readFileSync(single, "utf8")
+    for (let end = 0; end <= text.length; end++) {
+      const found = problems(text.slice(0, end))
+      for (const problem of found) expect(problem).toMatch(/^single\.yaml:\d+: /)
+    }
+  })
+
+  test("a text has a revision, which is its own, whatever overrides it", () => {
+    const text = readFileSync(single, "utf8")
+    const { revision, text: kept } = loadTopology(single, { port: 1 })
+    expect(revision).toBe(createHash("sha256").update(readFileSync(single)).digest("hex").slice(0, 16))
+    expect(kept).toBe(text)
+    expect(parseTopology(text, { path: "/somewhere/x.yaml", overrides: { port: 2 } }).revision).toBe(revision)
+    expect(parseTopology(`${text}\n`, { path: "/somewhere/x.yaml" }).revision).not.toBe(revision)
+  })
+
   test("flags win over the file; a key file is found from the topology's folder", () => {
-    const { topology } = parseTopology("penstock: 1\ngateway: { port: 1, keys: keys.txt }\n", "/somewhere/x.yaml", { host: "::1", port: 2 })
+    const { topology } = parseTopology("penstock: 1\ngateway: { port: 1, keys: keys.txt }\n", { path: "/somewhere/x.yaml", overrides: { host: "::1", port: 2 } })
     expect(topology.gateway).toEqual({ host: "::1", port: 2, replicas: 1, keys: "/somewhere/keys.txt" })
   })
 
   test("the store's folder is found from the topology's, and a size of 0 goes without a disk", () => {
-    const disk = (text: string) => parseTopology(`penstock: 1\nkvStore: { disk: ${text} }\n`, "/somewhere/x.yaml").topology.kvStore.disk
+    const disk = (text: string) => parseTopology(`penstock: 1\nkvStore: { disk: ${text} }\n`, { path: "/somewhere/x.yaml" }).topology.kvStore.disk
     expect([disk("{ path: kv }"), disk("{ path: /else/kv, size: 1GiB }"), disk("{ size: 0B }")]).toEqual([
       { path: "/somewhere/kv", size: 2 ** 31 },
       { path: "/else/kv", size: 2 ** 30 },

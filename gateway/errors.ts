@@ -34,6 +34,8 @@ const statuses: Readonly<Record<FaultCode, readonly [status: number, type: strin
   overloaded: [429, "rate_limit_error", "rate_limit_exceeded"],
   unavailable: [503, "server_error", "unavailable"],
   shutting_down: [503, "server_error", "shutting_down"],
+  moved: [503, "server_error", "unavailable"],
+  stale: [503, "server_error", "unavailable"],
   deadline_exceeded: [504, "server_error", "deadline_exceeded"],
   disconnected: [502, "server_error", "disconnected"],
   cancelled: [499, "invalid_request_error", "cancelled"], // nginx's status for a client that has gone

@@ -23,6 +23,10 @@ export const PlaceMessage = Schema.Struct({
   maxTokens: count,
   /** Workers that have failed this request. */
   exclude: Schema.Array(Schema.String),
+  /** It has begun already, and goes before those that have not, whatever the queue's length. */
+  begun: Schema.optional(Schema.Boolean),
+  /** The worker that gives it away and holds its KV: another decodes, and computes itself what it cannot fetch. */
+  movedFrom: Schema.optional(Schema.String),
 })
 export type PlaceMessage = typeof PlaceMessage.Type
 
@@ -38,6 +42,8 @@ export const Placement = Schema.Struct({
   /** Leading blocks of the prompt that the prefill worker is thought to hold. */
   prefixBlocks: count,
   estimates: Schema.Struct({ queuedTokens: count, computeTokens: count }),
+  /** The workers' incarnations that are meant. */
+  epochs: Schema.Struct({ prefill: count, decode: count }),
   /** Of the scheduler: a later one fences what an earlier one placed. */
   epoch: count,
 })
@@ -89,3 +95,10 @@ export const KvEventsMessage = Schema.Struct({
 })
 export type KvEventsMessage = typeof KvEventsMessage.Type
 export const KvEvents = defineTell("kv-events", KvEventsMessage)
+
+/** Changes what is named, live; what is not named stays. A policy or an admission that is not available is refused. */
+export const Configure = defineAsk(
+  "configure",
+  Schema.Struct({ policy: Schema.optional(Schema.String), queue: Schema.optional(positive), admission: Schema.optional(Schema.String) }),
+  Schema.Struct({ applied: Schema.Array(Schema.Literals(["policy", "queue"])) }),
+)

@@ -6,9 +6,10 @@ import { Finish, Reserve } from "./decode.ts"
 import { Get, Have, Pin, Put } from "./kv-store.ts"
 import { KvDump, Prefill } from "./prefill.ts"
 import { Detokenize, Generate, Tokenize } from "./request.ts"
-import { Heartbeat, KvEvents, Leave, Place, Prefilled, Release } from "./scheduler.ts"
+import { Configure as ConfigureScheduler, Heartbeat, KvEvents, Leave, Place, Prefilled, Release } from "./scheduler.ts"
+import { Configure, Drain } from "./worker.ts"
 
-export const actorKinds = ["request", "scheduler", "prefill", "decode", "kv-store"] as const
+export const actorKinds = ["request", "scheduler", "worker", "prefill", "decode", "kv-store"] as const
 export type ActorKind = (typeof actorKinds)[number]
 
 export const anyId = "any"
@@ -29,7 +30,7 @@ export type ProcessKind = (typeof processKinds)[number]
 export const inboxPrefix = (cluster: string, kind: ProcessKind, id: string): string => `ps.${cluster}.inbox.${kind}.${id}`
 
 /** Who runs an actor. */
-const processOf: Readonly<Record<ActorKind, ProcessKind>> = { request: "request", scheduler: "scheduler", prefill: "worker", decode: "worker", "kv-store": "kv-store" }
+const processOf: Readonly<Record<ActorKind, ProcessKind>> = { request: "request", scheduler: "scheduler", worker: "worker", prefill: "worker", decode: "worker", "kv-store": "kv-store" }
 
 interface Conversation {
   readonly from: ProcessKind
@@ -41,7 +42,9 @@ const verbs = (...types: ReadonlyArray<{ readonly verb: string }>): ReadonlyArra
 
 /** Who begins to speak to whom, and about what. Answers, and the credits of streams, go between their inboxes. */
 const conversations: ReadonlyArray<Conversation> = [
-  { from: "gateway", to: "request", verbs: verbs(Generate, Tokenize, Detokenize) },
+  { from: "gateway", to: "request", verbs: verbs(Generate, Tokenize, Detokenize, Drain) },
+  { from: "gateway", to: "worker", verbs: verbs(Configure, Drain) },
+  { from: "gateway", to: "scheduler", verbs: verbs(ConfigureScheduler) },
   { from: "request", to: "scheduler", verbs: verbs(Place, Prefilled, Release) },
   { from: "request", to: "decode", verbs: verbs(Reserve, Finish) },
   { from: "request", to: "prefill", verbs: verbs(Prefill) },

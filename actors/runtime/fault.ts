@@ -13,11 +13,13 @@ export const FaultCode = Schema.Literals([
   "disconnected", // the hop went away in the middle
   "cancelled", // whoever asked has gone
   "shutting_down",
+  "moved", // whoever had it gives it away: it goes on elsewhere at once
+  "stale", // an earlier incarnation, of whoever the hop names, was meant or has spoken
   "internal", // a defect; its details are in the log of the hop
 ])
 export type FaultCode = typeof FaultCode.Type
 
-const retryableCodes: ReadonlySet<FaultCode> = new Set(["overloaded", "unavailable", "deadline_exceeded", "disconnected", "shutting_down"])
+const retryableCodes: ReadonlySet<FaultCode> = new Set(["overloaded", "unavailable", "deadline_exceeded", "disconnected", "shutting_down", "moved", "stale"])
 
 export class Fault extends Schema.TaggedError<Fault>()("Fault", {
   code: FaultCode,

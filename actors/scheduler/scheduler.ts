@@ -57,7 +57,8 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       const queuedTokens = state.queuedTokens(chosen.prefill.id)
       state.charge({ requestId: request.requestId, attempt: request.attempt, prefill: chosen.prefill.id, decode: chosen.decode.id, choices: request.choices, computeTokens, placedAtMs: nowMs })
       const holder = state.holder(request, chosen.prefill.id, chosen.prefixBlocks)
-      return { prefill: chosen.prefill.id, decode: chosen.decode.id, holder, prefixBlocks: chosen.prefixBlocks, estimates: { queuedTokens, computeTokens }, epoch: link.epoch }
+      const epochs = { prefill: chosen.prefill.epoch, decode: chosen.decode.epoch }
+      return { prefill: chosen.prefill.id, decode: chosen.decode.id, holder, prefixBlocks: chosen.prefixBlocks, estimates: { queuedTokens, computeTokens }, epochs, epoch: link.epoch }
     }
 
     /** As `decide`; a request that breaks it is refused, since those behind it would wait for ever. */

@@ -234,7 +234,7 @@ describe("the scheduler", () => {
     beside(
       Effect.gen(function* () {
         yield* beat(heartbeat("w"))
-        expect(yield* place(request("r", upTo(40)))).toEqual({ prefill: "w", decode: "w", prefixBlocks: 0, estimates: { queuedTokens: 0, computeTokens: 40 }, epoch: 5 })
+        expect(yield* place(request("r", upTo(40)))).toEqual({ prefill: "w", decode: "w", prefixBlocks: 0, estimates: { queuedTokens: 0, computeTokens: 40 }, epochs: { prefill: 1, decode: 1 }, epoch: 5 })
         yield* link.tell(KvEvents, to(KvEvents.verb), events("w", upTo(32)))
         expect(yield* place(request("s", upTo(40)))).toMatchObject({ prefixBlocks: 2, estimates: { queuedTokens: 40, computeTokens: 8 } })
         yield* link.tell(Prefilled, to(Prefilled.verb), { requestId: "r", attempt: 0 })

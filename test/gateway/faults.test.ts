@@ -21,6 +21,8 @@ const table: ReadonlyArray<readonly [FaultCode, status: number, code: string | n
   ["overloaded", 429, "rate_limit_exceeded"],
   ["unavailable", 503, "unavailable"],
   ["shutting_down", 503, "shutting_down"],
+  ["moved", 503, "unavailable"],
+  ["stale", 503, "unavailable"],
   ["deadline_exceeded", 504, "deadline_exceeded"],
   ["disconnected", 502, "disconnected"],
   ["cancelled", 499, "cancelled"],

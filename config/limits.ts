@@ -118,6 +118,10 @@ export const limits = {
   storeYieldMs: 1_000,
   /** Blocks of one put. */
   storeBatchBlocks: 16,
+  /** A put that takes longer is given up, and its blocks in the pool are let go. */
+  storePutDeadlineMs: 5_000,
+  /** Sources of KV whose bandwidth a worker remembers; the one that was used longest ago is forgotten. */
+  costSources: 64,
   /** Transfers that the prefix of one sequence is fetched by, each from one store. */
   storeRuns: 16,
   /** Formats whose layout a KV store remembers; the one that was put longest ago is forgotten. */
@@ -222,6 +226,7 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.storeFlushDeadlineMs + limits.busDrainDeadlineMs < limits.shutdownDeadlineMs, "storeFlushDeadlineMs + busDrainDeadlineMs < shutdownDeadlineMs"],
   // A supervisor kills a process after half of it.
   [limits.storeFlushDeadlineMs * 2 < limits.shutdownDeadlineMs, "storeFlushDeadlineMs * 2 < shutdownDeadlineMs"],
+  [limits.storeDeadlineMs * 2 <= limits.storePutDeadlineMs, "storeDeadlineMs * 2 <= storePutDeadlineMs"],
   [limits.storePeerDeadlineMs * 2 < limits.storeDeadlineMs, "storePeerDeadlineMs * 2 < storeDeadlineMs"],
   [limits.streamWindowFrames <= limits.streamBacklogFrames, "streamWindowFrames <= streamBacklogFrames"],
   [limits.placementDeadlineMs <= limits.requestDeadlineMs, "placementDeadlineMs <= requestDeadlineMs"],

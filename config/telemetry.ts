@@ -92,6 +92,12 @@ export const attributes = {
   /** From this bandwidth on it is faster to move KV than to compute it here. */
   transferBreakEvenMbPerS: "penstock.transfer.break_even_mb_per_s",
 
+  /** Where a prefix comes from: "store", "prefill" and a worker's name, or "compute" where that was estimated to be faster, or nobody has it. */
+  prefixSource: "penstock.prefix.source",
+  /** Estimates: until the sequence goes on by the way that was chosen, and if all of it were computed. */
+  prefixPlanMs: "penstock.prefix.plan_ms",
+  prefixComputeMs: "penstock.prefix.compute_ms",
+
   wantedBlocks: "penstock.blocks.wanted",
   /** Those that came, or were put. */
   movedBlocks: "penstock.blocks.moved",

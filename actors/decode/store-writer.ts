@@ -27,15 +27,25 @@ interface Stored {
 
 export class StoreWriter {
   #queue: Array<Stored> = []
+  #parked = 0 // the first of the queue, which do not wait for prompts
   #wake: (() => void) | undefined
   #state: "new" | "works" | "fails" = "new"
 
   /** A block's content became known. Beyond the bound the oldest in the queue is forgotten. */
   stored(hash: BlockHash, trace?: string, depth = 0): void {
     this.#queue.push({ hash, trace, depth })
-    if (this.#queue.length > limits.storeQueueBlocks) this.#queue.shift()
+    if (this.#queue.length > limits.storeQueueBlocks) this.#queue.splice(Math.min(this.#parked, limits.storeQueueBlocks), 1)
     this.#wake?.()
     this.#wake = undefined
+  }
+
+  /** Those of these that are not written yet are next, the last one first: they are evicted in this order. */
+  park(hashes: ReadonlyArray<BlockHash>): void {
+    const places = new Map(hashes.map((hash, place) => [hash, place]))
+    const waiting = this.#queue.slice(this.#parked)
+    const parked = waiting.filter(({ hash }) => places.has(hash)).sort((a, b) => places.get(b.hash)! - places.get(a.hash)!)
+    this.#queue = [...this.#queue.slice(0, this.#parked), ...parked, ...waiting.filter(({ hash }) => !places.has(hash))]
+    this.#parked += parked.length
   }
 
   /** Writes until the Scope closes. */
@@ -47,13 +57,14 @@ export class StoreWriter {
     const putBatch = Effect.gen({ self: this }, function* () {
       yield* this.#nonEmpty()
       // What somebody waits for goes first, where it does not go on for ever.
-      for (let waitedMs = 0; engine.hasPrompts && waitedMs < limits.storeYieldMs; waitedMs += pollMs) yield* Effect.sleep(pollMs)
+      for (let waitedMs = 0; this.#parked === 0 && engine.hasPrompts && waitedMs < limits.storeYieldMs; waitedMs += pollMs) yield* Effect.sleep(pollMs)
       const batch = this.#queue.splice(0, limits.storeBatchBlocks)
+      this.#parked = Math.max(0, this.#parked - batch.length)
       const { present } = yield* link.ask(Have, subject(cluster, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(batch.map(({ hash }) => hash)) }, hop)
       const absent = batch.filter((_, i) => present[i] !== true)
       if (absent.length > 0) yield* put(absent).pipe(Effect.withSpan(spans.kvStorePut, spanOfBatch(absent)))
     })
-    /** The blocks are held in the pool while they are sent. */
+    /** The blocks are held in the pool while they are sent, and no longer: others may wait for them. */
     const put = (absent: ReadonlyArray<Stored>) =>
       Effect.gen(function* () {
         const held = yield* Effect.acquireRelease(Effect.sync(() => engine.hold(absent.map(({ hash }) => hash))), ({ release }) => Effect.sync(release))
@@ -72,7 +83,10 @@ export class StoreWriter {
         places.forEach((_, place) => sender.send({ firstLayer: 0, layers: kv.layers, firstBlock: place, blocks: 1 }))
         sender.finish([])
         yield* Effect.tryPromise({ try: () => sender.done, catch: (error) => Fault.from(error, "kv-store") })
-      }).pipe(Effect.scoped)
+      }).pipe(
+        Effect.scoped,
+        Effect.timeoutOrElse({ duration: limits.storePutDeadlineMs, orElse: () => Effect.fail(new Fault({ code: "deadline_exceeded", message: `${link.sender}: the KV store took longer than ${limits.storePutDeadlineMs} ms`, hop: "kv-store" })) }),
+      )
     /** A child of the request of its first block, linked to those of the others. */
     const spanOfBatch = (absent: ReadonlyArray<Stored>) => {
       const [parent, ...others] = [...new Set(absent.map(({ trace }) => trace))].flatMap((trace) => spanOf(trace) ?? [])

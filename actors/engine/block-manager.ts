@@ -1,6 +1,7 @@
 /**
  * Who holds which KV block. A block is free, cached (nobody's, but its content is known by hash and may be found again) or
- * referenced. Cached blocks are evicted least recently used first, when no free ones are left.
+ * referenced. Cached blocks are evicted least recently used first, when no free ones are left. Fewer than all may be in use:
+ * a limit that shrinks evicts what is cached, and what is referenced beyond it goes with its holders.
  */
 import type { BlockHash } from "../messages/hashes.ts"
 
@@ -12,6 +13,7 @@ export interface BlockEvents {
 
 export class BlockManager {
   readonly total: number
+  #limit: number
   readonly #references: Uint32Array
   readonly #hashes: Array<BlockHash | undefined>
   readonly #index = new Map<BlockHash, number>()
@@ -22,6 +24,7 @@ export class BlockManager {
 
   constructor(total: number, events: BlockEvents = { stored: () => {}, removed: () => {} }) {
     this.total = total
+    this.#limit = total
     this.#events = events
     this.#references = new Uint32Array(total)
     this.#hashes = new Array<BlockHash | undefined>(total).fill(undefined)
@@ -30,7 +33,30 @@ export class BlockManager {
 
   /** Blocks that `allocate` can give. */
   get available(): number {
-    return this.#free.length + this.#cached.size
+    return Math.max(0, this.#limit - this.#referenced)
+  }
+
+  /** Most blocks that may be in use, of all. */
+  get limit(): number {
+    return this.#limit
+  }
+
+  set limit(blocks: number) {
+    this.#limit = Math.max(1, Math.min(this.total, blocks))
+    while (this.#inUse > this.#limit && this.#cached.size > 0) this.#free.push(this.#evict()!)
+  }
+
+  /** Blocks that are referenced beyond the limit: their holders have to give them back. */
+  get excess(): number {
+    return Math.max(0, this.#referenced - this.#limit)
+  }
+
+  get #inUse(): number {
+    return this.total - this.#free.length
+  }
+
+  get #referenced(): number {
+    return this.#inUse - this.#cached.size
   }
 
   get cached(): number {
@@ -41,18 +67,20 @@ export class BlockManager {
     return this.#references[block]!
   }
 
-  /** A block with one reference and no known content; undefined when every block is referenced. */
+  /** A block with one reference and no known content; undefined when as many are referenced as may be. */
   allocate(): number | undefined {
-    let block = this.#free.pop()
-    if (block === undefined) {
-      const oldest = this.#cached.keys().next()
-      if (oldest.done) return undefined
-      block = oldest.value
-      this.#cached.delete(block)
-      this.#forget(block)
-    }
-    this.#references[block] = 1
+    if (this.available === 0) return undefined
+    const block = this.#inUse < this.#limit ? this.#free.pop() : this.#evict()
+    if (block !== undefined) this.#references[block] = 1
     return block
+  }
+
+  #evict(): number | undefined {
+    const oldest = this.#cached.keys().next()
+    if (oldest.done) return undefined
+    this.#cached.delete(oldest.value)
+    this.#forget(oldest.value)
+    return oldest.value
   }
 
   /** The block with this content, referenced once more; undefined when it is not here. */
@@ -87,6 +115,7 @@ export class BlockManager {
     for (const block of blocks) {
       if (this.#references[block] === 0) throw new Error(`block ${block} is released more often than it was taken`)
       if (--this.#references[block]! > 0) continue
+      if (this.#inUse > this.#limit) this.#forget(block)
       if (this.#hashes[block] === undefined) this.#free.push(block)
       else this.#cached.set(block, true)
     }
@@ -123,6 +152,7 @@ export class BlockManager {
       if (hash !== undefined && this.#index.get(hash) !== block) throw new Error(`block ${block} is not found by its hash`)
       if (this.#cached.has(block) && hash === undefined) throw new Error(`block ${block} is cached without a hash`)
     }
+    if (this.#cached.size > 0 && this.#inUse > this.#limit) throw new Error(`${this.#inUse} blocks are in use, of which ${this.#cached.size} are cached, where ${this.#limit} may be`)
     for (const [hash, block] of this.#index) if (this.#hashes[block] !== hash) throw new Error(`the index names block ${block} by a hash that it does not have`)
   }
 

@@ -1,7 +1,7 @@
 /**
  * Which sequences run and which wait, and the blocks they hold. First come, first served; when the pool is full the
  * youngest is preempted, one whose reader is behind before all others: it gives its blocks back, waits in its place, and
- * recomputes what is no longer cached.
+ * recomputes what is no longer cached, or has it brought from where it was parked.
  */
 import type { BlockHash } from "../messages/hashes.ts"
 import type { BlockManager } from "./block-manager.ts"
@@ -17,9 +17,12 @@ export interface SequenceQueueOptions {
   /** Most sequences at once. */
   readonly maxBatch: number
   readonly copyBlock: (from: number, to: number) => void
+  /** A sequence gives its blocks away; they are still its own. */
+  readonly onPreempt?: ((sequence: Sequence) => void) | undefined
 }
 
 export class SequenceQueue {
+  maxBatch: number
   /** Both in order of arrival. */
   running: Array<Sequence> = []
   waiting: Array<Sequence> = []
@@ -28,6 +31,7 @@ export class SequenceQueue {
 
   constructor(options: SequenceQueueOptions) {
     this.#options = options
+    this.maxBatch = options.maxBatch
   }
 
   /** Takes up the sequences of a new group, behind all others. */
@@ -42,7 +46,7 @@ export class SequenceQueue {
     for (const sequence of [...this.waiting]) {
       if (sequence.group.paused) continue // with its blocks, others get on meanwhile
       slots += 1 + sequence.group.unforked
-      if (slots > this.#options.maxBatch || !this.#takeBlocks(sequence)) break
+      if (slots > this.maxBatch || !this.#takeBlocks(sequence)) break
       this.waiting.splice(this.waiting.indexOf(sequence), 1)
       this.add(sequence)
       admitted.push(sequence)
@@ -64,6 +68,7 @@ export class SequenceQueue {
     const coming = new Set<BlockHash>()
     return this.running.filter((sequence) => {
       const { group } = sequence
+      if (sequence.returning !== undefined) return false
       if (group.prefill === undefined || group.held || group.paused || sequence.pending === 1) return true
       const scored = group.spec.promptLogprobs && !group.prefillDone
       if (!scored) this.#takeKnown(sequence)
@@ -120,6 +125,23 @@ export class SequenceQueue {
     return chunks.filter(({ sequence }) => sequence.running)
   }
 
+  /** The youngest give way while more blocks are held than may be. */
+  giveBack(): void {
+    for (let victim = this.#giving(); victim !== undefined && this.#options.blocks.excess > 0; victim = this.#giving()) this.#preempt(victim)
+  }
+
+  /** Those that wait, and will never have what they need, within the bounds as they are. */
+  misfits(): Array<Sequence> {
+    const { blocks, blockTokens } = this.#options
+    return this.waiting.filter(({ length, group }) => Math.ceil(length / blockTokens) > blocks.limit || 1 + group.unforked > this.maxBatch)
+  }
+
+  /** Whose blocks the others get: one whose reader is behind, or the youngest. Where KV is arriving or leaving, they have to stay. */
+  #giving(): Sequence | undefined {
+    const mayGive = ({ group }: Sequence) => group.prefill !== undefined && group.spec.prefillOnly !== true
+    return this.running.findLast((other) => mayGive(other) && other.group.paused) ?? this.running.findLast(mayGive)
+  }
+
   /** The longest known prefix, but never the last token, and new blocks for the rest: all or nothing. */
   #takeBlocks(sequence: Sequence): boolean {
     const { blocks, blockTokens } = this.#options
@@ -165,15 +187,15 @@ export class SequenceQueue {
     while (sequence.running && !isOwn()) {
       const block = this.#options.blocks.allocate()
       if (block !== undefined) return block
-      // Where KV is arriving or leaving, the blocks have to stay.
-      const mayGive = ({ group }: Sequence) => group.prefill !== undefined && group.spec.prefillOnly !== true
-      this.#preempt(this.running.findLast((other) => mayGive(other) && other.group.paused) ?? this.running.findLast(mayGive) ?? sequence)
+      this.#preempt(this.#giving() ?? sequence)
     }
     return undefined
   }
 
   #preempt(victim: Sequence): void {
     this.preemptions++
+    victim.preempted = true
+    this.#options.onPreempt?.(victim)
     this.#releaseBlocks(victim)
     this.running = this.running.filter((other) => other !== victim)
     this.waiting.splice(this.waiting.findLastIndex((other) => isOlder(other, victim)) + 1, 0, victim)
@@ -184,5 +206,6 @@ export class SequenceQueue {
     sequence.table = []
     sequence.computed = 0
     sequence.running = false
+    sequence.returning = undefined
   }
 }

@@ -121,6 +121,10 @@ export class Sequence {
   finished = false
   /** To be finished at the next step's boundary. */
   stopped = false
+  /** Has given its blocks away once, and what they held may be had again. */
+  preempted = false
+  /** Whoever brings KV that it gave away; it runs when that has come. */
+  returning: object | undefined
 
   constructor(group: Group, choice: number, delivered: Int32Array) {
     this.group = group

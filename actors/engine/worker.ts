@@ -3,6 +3,7 @@
  * that it takes part in.
  */
 import type { KvDtype } from "../../kernels/index.ts"
+import type { MeasuredCosts } from "../cost/measured-costs.ts"
 import type { TransferTotals } from "../messages/presence.ts"
 import type { Engine } from "./engine.ts"
 
@@ -13,6 +14,7 @@ export interface Worker {
   readonly engine: Engine
   readonly formatId: string
   readonly kv: KvLayout
+  readonly costs: MeasuredCosts
   /** By transfer id: reservations whose KV another worker was to compute. */
   readonly receiving: Map<string, Receiving>
   readonly totals: { -readonly [K in keyof TransferTotals]: TransferTotals[K] }

@@ -49,6 +49,11 @@ export class BlockTiers {
     return this.memory.has(key) || this.disk?.index.has(key) === true
   }
 
+  /** Whether a block is on disk, and not in memory. */
+  isOnDiskOnly(key: string): boolean {
+    return !this.memory.has(key) && this.disk?.index.has(key) === true
+  }
+
   /** Uses of a block since it came to where it is. */
   uses(key: string): number {
     return Math.max(this.memory.uses(key), this.disk?.index.uses(key) ?? 0)

@@ -83,18 +83,24 @@ export const kvStoreActor = (options: KvStoreOptions): Effect.Effect<RunningStor
     const haveHere = (message: HaveMessage) => {
       const named = keys(message)
       const present = named.map((key) => tiers.has(key))
-      return { present, at: present.map((is) => (is ? id : "")), coming: named.map((key) => coming.has(key)) }
+      return { present, at: present.map((is) => (is ? id : "")), onDisk: named.map((key) => tiers.isOnDiskOnly(key)), coming: named.map((key) => coming.has(key)) }
     }
 
     const haveAnywhere = (message: HaveMessage) =>
       Effect.gen(function* () {
-        const { present, at } = haveHere(message)
+        const { present, at, onDisk } = haveHere(message)
         const absent = present.flatMap((is, i) => (is ? [] : [i]))
         const hashes = unpackHashes(message.hashes)
         const answers = absent.length === 0 ? [] : yield* peers.askAll(Have, { formatId: message.formatId, hashes: packHashes(absent.map((i) => hashes[i]!)) })
-        for (const { id: peer, answer } of answers) absent.forEach((i, place) => answer.present[place] === true && (at[i] = peer))
+        for (const { id: peer, answer } of answers) {
+          absent.forEach((i, place) => {
+            if (answer.present[place] !== true) return
+            at[i] = peer
+            onDisk[i] = answer.onDisk?.[place] === true
+          })
+        }
         if (message.toFetch === true) tiers.missed(at.filter((store) => store === "").length)
-        return { present: at.map((store) => store !== ""), at }
+        return { present: at.map((store) => store !== ""), at, onDisk }
       })
 
     /** Blocks that many have asked for are copied to another store: then two can send them, and one may be lost. */

@@ -36,6 +36,8 @@ export const Have = defineAsk(
     present: Schema.Array(Schema.Boolean),
     /** Which store has it, by its id; empty where none has. Absent: whoever is asked for them. */
     at: Schema.optional(Schema.Array(Schema.String)),
+    /** Blocks that have to be read from disk before they can be sent. */
+    onDisk: Schema.optional(Schema.Array(Schema.Boolean)),
     /** Blocks that an open put brings. */
     coming: Schema.optional(Schema.Array(Schema.Boolean)),
   }),

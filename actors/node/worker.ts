@@ -9,12 +9,14 @@ import type { Buses } from "../runtime/bus.ts"
 import { Link } from "../runtime/link.ts"
 import { Heartbeat, Leave, type HeartbeatMessage, type Role } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
+import { MeasuredCosts } from "../cost/measured-costs.ts"
 import { announce } from "../presence/announce.ts"
 import { Members } from "../presence/members.ts"
 import { decodeActor } from "../decode/decode.ts"
 import { StoreWriter } from "../decode/store-writer.ts"
 import { Engine } from "../engine/engine.ts"
 import type { Worker } from "../engine/worker.ts"
+import { parking } from "../prefill/parking.ts"
 import { prefillActor } from "../prefill/prefill.ts"
 import { KvEventLog } from "./kv-event-log.ts"
 
@@ -49,12 +51,17 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
     const kernels = yield* Effect.acquireRelease(Effect.tryPromise({ try: () => Kernels.load(options.kernels), catch: asError }), (loaded) => Effect.promise(() => loaded.close()))
     const events = new KvEventLog()
     const storeWriter = new StoreWriter()
+    const costs = new MeasuredCosts()
+    const { onPreempt, onReturn } = yield* parking({ link: link("prefill"), buses, cluster, worker: () => made, storeWriter })
     const engine = yield* Effect.acquireRelease(
       Effect.sync(
         () =>
           new Engine(kernels, {
             name: `worker ${id}`,
             maxBatch,
+            costs,
+            onPreempt,
+            onReturn,
             events: {
               stored: (hash, trace, depth) => {
                 events.stored(hash)
@@ -73,6 +80,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
       engine,
       formatId,
       kv: { layers, dtype, blockTokens, layerBlockBytes },
+      costs,
       receiving: new Map(),
       totals: { completed: 0, failed: 0, fallbacks: 0, bytes: 0, ms: 0 },
     }

@@ -1,6 +1,6 @@
 /**
- * Fetches the blocks of a reservation that its pool lacks, from the KV store or from another worker that holds more of them.
- * Never an error: what does not come in time is computed.
+ * Fetches blocks that a sequence lacks, from the KV store or from another worker that holds them, where that is estimated to be
+ * faster than to compute them. Never an error: what does not come in time is computed.
  */
 import { randomUUID } from "node:crypto"
 import { Effect } from "effect"
@@ -14,17 +14,18 @@ import { packHashes, type BlockHash } from "../messages/hashes.ts"
 import { Get, Have } from "../messages/kv-store.ts"
 import type { Holder } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
+import type { MissingKv } from "../engine/missing-kv.ts"
 import type { Worker } from "../engine/worker.ts"
-import { poolSink } from "../transfer/pool.ts"
+import { kvSink } from "../transfer/pool.ts"
 import { TransferReceiver } from "../transfer/transfer-receiver.ts"
+import { planPrefix, type PrefixOffer } from "./prefix-plan.ts"
 
 export interface FetchPrefixOptions {
   readonly link: Link
   readonly buses: Buses
   readonly cluster: string
-  readonly worker: Pick<Worker, "engine" | "formatId" | "kv">
-  /** Of the generation in its engine. */
-  readonly id: string
+  readonly worker: Pick<Worker, "engine" | "formatId" | "kv" | "costs">
+  readonly missing: MissingKv
   /** Another worker that is thought to hold leading blocks. */
   readonly holder?: Holder | undefined
 }
@@ -35,12 +36,97 @@ interface Run {
   readonly hop: string
   /** Place of the first among what is missing. */
   readonly first: number
-  readonly hashes: Array<BlockHash>
+  readonly hashes: ReadonlyArray<BlockHash>
 }
+
+interface Offer extends PrefixOffer {
+  /** How its first blocks come. */
+  readonly runsOf: (blocks: number) => ReadonlyArray<Run>
+}
+
+/** Returns the number of blocks fetched. */
+export const fetchPrefix = ({ link, buses, cluster, worker, missing, holder }: FetchPrefixOptions): Effect.Effect<number> =>
+  Effect.suspend(() => {
+    const { engine, formatId, kv, costs } = worker
+    const { from, hashes, tokens } = missing
+    if (hashes.length === 0) return Effect.succeed(0)
+    const deadlineAtMs = performance.now() + limits.storeDeadlineMs
+    const leftMs = () => Math.max(1, deadlineAtMs - performance.now())
+    const blockBytes = kv.layers * kv.layerBlockBytes
+
+    const fetchRun = ({ to, hop, first, hashes }: Run) =>
+      Effect.gen(function* () {
+        const transferId = randomUUID().replaceAll("-", "")
+        const firstBlock = from + first
+        const sink = kvSink(kv, (...taken) => missing.importLayers(...taken))
+        const receiver = yield* Effect.acquireRelease(
+          Effect.sync(() => new TransferReceiver({ ...buses, cluster, transferId, sink, firstBlock, blocks: hashes.length, creditBytes: limits.kvWindowBytes, hop })),
+          (opened) => Effect.sync(() => opened.fail(new Fault({ code: "cancelled", message: `${link.sender}: the prefix is not wanted any more`, hop: link.sender }))),
+        )
+        const asked = { formatId, hashes: packHashes(hashes), layout: kv, transferId, firstBlock, creditBytes: limits.kvWindowBytes }
+        const { sent } = yield* link.ask(Get, to, asked, { hop, deadlineMs: leftMs() })
+        if (!sent) return false
+        yield* Effect.tryPromise({ try: () => receiver.done, catch: (error) => Fault.from(error, hop) })
+        return true
+      }).pipe(Effect.scoped, Effect.orElseSucceed(() => false))
+
+    /** The number of blocks that came; what that took, or that they did not come in time, is remembered. */
+    const fetch = ({ source, onDisk, runsOf }: Offer, blocks: number) =>
+      Effect.suspend(() => {
+        const startedAtMs = performance.now()
+        const measure = (moved: number) => {
+          const disk = onDisk.slice(0, moved).filter((is) => is).length * blockBytes
+          costs.moved(source, { memory: moved * blockBytes - disk, disk, ms: performance.now() - startedAtMs })
+        }
+        const runs = runsOf(blocks)
+        return Effect.forEach(runs, fetchRun, { concurrency: "unbounded" }).pipe(
+          Effect.map((came) => {
+            const lost = came.indexOf(false)
+            const found = runs.slice(0, lost < 0 ? runs.length : lost).reduce((sum, run) => sum + run.hashes.length, 0)
+            if (found > 0) measure(found)
+            return found > 0 && missing.accept(found) ? found : 0
+          }),
+          Effect.timeoutOrElse({ duration: leftMs(), orElse: () => Effect.sync(() => (measure(blocks), 0)) }),
+        )
+      })
+
+    const stored = link.ask(Have, subject(cluster, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(hashes), toFetch: true }, { hop: "kv-store", deadlineMs: limits.storeDeadlineMs }).pipe(
+      Effect.map(({ present, at, onDisk }): ReadonlyArray<Offer> => {
+        const runs = runsOf(cluster, hashes.slice(0, leadingOf(present)), at)
+        const blocks = runs.reduce((sum, run) => sum + run.hashes.length, 0)
+        return [{ source: "store", onDisk: hashes.slice(0, blocks).map((_, i) => onDisk?.[i] === true), cost: costs.transfer("store"), runsOf: (count) => cutTo(runs, count) }]
+      }),
+      Effect.orElseSucceed((): ReadonlyArray<Offer> => []),
+    )
+    const held = hashes.slice(0, Math.max(0, (holder?.blocks ?? 0) - from))
+    const ofHolder = (): ReadonlyArray<Offer> => {
+      if (holder === undefined || held.length === 0) return []
+      const run = { to: subject(cluster, "prefill", holder.worker, Get.verb), hop: `prefill ${holder.worker}`, first: 0, hashes: held }
+      return [{ source: run.hop, onDisk: held.map(() => false), cost: costs.transfer(run.hop), runsOf: (count) => cutTo([run], count) }]
+    }
+
+    return Effect.gen(function* () {
+      let offers = [...(yield* stored), ...ofHolder()]
+      for (;;) {
+        const need = { tokens, computedTokens: from * kv.blockTokens, blockTokens: kv.blockTokens, blockBytes, queuedTokens: engine.queuedTokens, stepTokens: limits.stepTokens }
+        const { offer, blocks, planMs, computeMs } = planPrefix(need, offers, costs.prefill)
+        yield* Effect.annotateCurrentSpan({
+          [attributes.prefixSource]: offer?.source ?? "compute",
+          ...(planMs === undefined ? {} : { [attributes.prefixPlanMs]: planMs, [attributes.prefixComputeMs]: computeMs }),
+        })
+        const fetched = offer === undefined ? 0 : yield* fetch(offer, blocks)
+        if (offer === undefined || fetched > 0 || performance.now() >= deadlineAtMs) return fetched
+        offers = offers.filter((other) => other !== offer) // it has nothing any more
+      }
+    }).pipe(
+      Effect.tap((fetched) => Effect.annotateCurrentSpan(attributes.movedBlocks, fetched)),
+      Effect.withSpan(spans.kvStoreGet, { kind: "client", attributes: { ...messageAttributes(link, subject(cluster, "kv-store", anyId, Get.verb)), [attributes.wantedBlocks]: hashes.length } }),
+    )
+  })
 
 /** Blocks of one store that follow each other come in one transfer. */
 const runsOf = (cluster: string, hashes: ReadonlyArray<BlockHash>, at: ReadonlyArray<string> | undefined): ReadonlyArray<Run> => {
-  const runs: Array<Run> = []
+  const runs: Array<Run & { readonly hashes: Array<BlockHash> }> = []
   hashes.forEach((hash, i) => {
     const to = subject(cluster, "kv-store", at?.[i] ?? anyId, Get.verb)
     const last = runs.at(-1)
@@ -50,55 +136,9 @@ const runsOf = (cluster: string, hashes: ReadonlyArray<BlockHash>, at: ReadonlyA
   return runs.slice(0, limits.storeRuns)
 }
 
-/** Returns the number of blocks fetched. */
-export const fetchPrefix = ({ link, buses, cluster, worker, id, holder }: FetchPrefixOptions): Effect.Effect<number> =>
-  Effect.suspend(() => {
-    const { engine, formatId, kv } = worker
-    const { from, hashes } = engine.missingBlocks(id)
-    if (hashes.length === 0) return Effect.succeed(0)
-    const deadlineMs = limits.storeDeadlineMs
-    const fetchRun = ({ to, hop, first, hashes }: Run) =>
-      Effect.gen(function* () {
-        const transferId = randomUUID().replaceAll("-", "")
-        const firstBlock = from + first
-        const receiver = yield* Effect.acquireRelease(
-          Effect.sync(() => new TransferReceiver({ ...buses, cluster, transferId, sink: poolSink(worker, id), firstBlock, blocks: hashes.length, creditBytes: limits.kvWindowBytes, hop })),
-          (opened) => Effect.sync(() => opened.fail(new Fault({ code: "cancelled", message: `${link.sender}: the prefix is not wanted any more`, hop: link.sender }))),
-        )
-        const asked = { formatId, hashes: packHashes(hashes), layout: kv, transferId, firstBlock, creditBytes: limits.kvWindowBytes }
-        const { sent } = yield* link.ask(Get, to, asked, { hop, deadlineMs })
-        if (!sent) return false
-        yield* Effect.tryPromise({ try: () => receiver.done, catch: (error) => Fault.from(error, hop) })
-        return true
-      }).pipe(Effect.scoped, Effect.orElseSucceed(() => false))
-    const fetch = (runs: ReadonlyArray<Run>) =>
-      Effect.map(Effect.forEach(runs, fetchRun, { concurrency: "unbounded" }), (came) => {
-        const lost = came.indexOf(false)
-        const found = runs.slice(0, lost < 0 ? runs.length : lost).reduce((sum, run) => sum + run.hashes.length, 0)
-        return found > 0 && engine.acceptPrefix(id, from, found) ? found : 0
-      })
-    const inStore = Effect.map(
-      Effect.orElseSucceed(
-        link.ask(Have, subject(cluster, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(hashes), toFetch: true }, { hop: "kv-store", deadlineMs }),
-        () => ({ present: [], at: undefined }),
-      ),
-      ({ present, at }) => runsOf(cluster, hashes.slice(0, leadingOf(present)), at),
-    )
-    return Effect.gen(function* () {
-      const stored = yield* inStore
-      const storedBlocks = stored.reduce((sum, run) => sum + run.hashes.length, 0)
-      const held = hashes.slice(0, Math.max(0, (holder?.blocks ?? 0) - from))
-      if (holder !== undefined && held.length > storedBlocks) {
-        const fetched = yield* fetch([{ to: subject(cluster, "prefill", holder.worker, Get.verb), hop: `prefill ${holder.worker}`, first: 0, hashes: held }])
-        if (fetched > 0) return fetched
-      }
-      return yield* fetch(stored)
-    }).pipe(
-      Effect.timeoutOrElse({ duration: limits.storeDeadlineMs, orElse: () => Effect.succeed(0) }),
-      Effect.tap((fetched) => Effect.annotateCurrentSpan(attributes.movedBlocks, fetched)),
-      Effect.withSpan(spans.kvStoreGet, { kind: "client", attributes: { ...messageAttributes(link, subject(cluster, "kv-store", anyId, Get.verb)), [attributes.wantedBlocks]: hashes.length } }),
-    )
-  })
+/** The first `blocks` blocks of runs. */
+const cutTo = (runs: ReadonlyArray<Run>, blocks: number): ReadonlyArray<Run> =>
+  runs.flatMap((run) => (run.first >= blocks ? [] : [{ ...run, hashes: run.hashes.slice(0, blocks - run.first) }]))
 
 const leadingOf = (present: ReadonlyArray<boolean>): number => {
   const first = present.findIndex((here) => !here)

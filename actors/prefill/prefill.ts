@@ -70,7 +70,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
         totals.fallbacks++ // another worker was to compute it, and has failed
         receiving.stop()
       }
-      yield* fetchPrefix({ link, buses, cluster, worker, id: transfer.id, holder })
+      yield* fetchPrefix({ link, buses, cluster, worker, missing: engine.missingKv(transfer.id), holder })
       yield* compute(transfer.id, writer, counts, {})
     })
 
@@ -89,7 +89,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
       if (transfer.formatId !== worker.formatId) return yield* Effect.fail(fault("invalid_request", `holds KV of format ${worker.formatId}, ${transfer.worker} wants ${transfer.formatId}`))
       const { id } = transfer
       yield* Effect.acquireRelease(reserve(id, sequence, trace), () => Effect.sync(() => engine.cancel(id)))
-      yield* fetchPrefix({ link, buses, cluster, worker, id, holder })
+      yield* fetchPrefix({ link, buses, cluster, worker, missing: engine.missingKv(id), holder })
       yield* transferred(transfer, (sender) => {
         const { layers, blockTokens } = worker.kv
         const held = transfer.prefixTokens / blockTokens // by decode, which needs only what follows

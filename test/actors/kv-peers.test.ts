@@ -2,6 +2,7 @@
 import { randomUUID } from "node:crypto"
 import { Effect } from "effect"
 import { afterEach, beforeEach, describe, expect, it } from "vitest"
+import { MeasuredCosts } from "../../actors/cost/measured-costs.ts"
 import { Engine } from "../../actors/engine/engine.ts"
 import { chainHashes } from "../../actors/engine/block-hash.ts"
 import { kvStoreActor, type RunningStore } from "../../actors/kv-store/kv-store.ts"
@@ -115,7 +116,7 @@ describe("three KV stores", () => {
     const engine = engineOf(`worker ${randomUUID()}`)
     const generation = new Generation(engine, spec)
     await generation.reserved
-    expect(await Effect.runPromise(fetchPrefix({ link, buses: ends, cluster: "test", worker: { engine, formatId: "fake", kv }, id: "a" }))).toBe(7)
+    expect(await Effect.runPromise(fetchPrefix({ link, buses: ends, cluster: "test", worker: { engine, formatId: "fake", kv, costs: new MeasuredCosts() }, missing: engine.missingKv("a") }))).toBe(7)
     await generation.run()
     expect(generation.tokens).toEqual(tokens)
     engine.checkInvariants()

@@ -11,6 +11,7 @@ import { loadTopology } from "../../config/load-topology.ts"
 import type { KvDtype } from "../../kernels/index.ts"
 import type { Topology } from "../../config/topology.ts"
 import { chainHashes, hashRoot } from "../../actors/engine/block-hash.ts"
+import { MeasuredCosts } from "../../actors/cost/measured-costs.ts"
 import { Engine } from "../../actors/engine/engine.ts"
 import type { KvLayout } from "../../actors/engine/worker.ts"
 import { bufferSink, bufferSource } from "../../actors/kv-store/block-buffers.ts"
@@ -195,7 +196,7 @@ describe("a KV store", () => {
       const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
       const generation = new Generation(engine, spec)
       await generation.reserved
-      const fetched = await Effect.runPromise(fetchPrefix({ link, buses: ends, cluster: more.cluster ?? "test", worker: { engine, formatId: more.formatId ?? formatId, kv }, id: "a" }))
+      const fetched = await Effect.runPromise(fetchPrefix({ link, buses: ends, cluster: more.cluster ?? "test", worker: { engine, formatId: more.formatId ?? formatId, kv, costs: new MeasuredCosts() }, missing: engine.missingKv("a") }))
       await generation.run()
       engine.checkInvariants()
       return { fetched, generation, engine }
@@ -228,7 +229,7 @@ describe("a KV store", () => {
       const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
       const generation = new Generation(engine, spec)
       await generation.reserved
-      const fetching = Effect.runPromise(fetchPrefix({ link, buses: ends, cluster: "test", worker: { engine, formatId, kv }, id: "a" }))
+      const fetching = Effect.runPromise(fetchPrefix({ link, buses: ends, cluster: "test", worker: { engine, formatId, kv, costs: new MeasuredCosts() }, missing: engine.missingKv("a") }))
       engine.cancel("a")
       expect(await fetching).toBe(0)
       engine.checkInvariants()
@@ -262,7 +263,7 @@ describe("a conversation whose blocks have left the pool", () => {
     ["int8", 1],
     ["int4", 1],
   ] as const)("is found in the store, in %s, where there are stores (%i): only the rest is computed, and the tokens are the same", async (dtype, replicas) => {
-    const cluster = await start({ replicas }, dtype)
+    const cluster = (await start({ replicas }, dtype)).fetchAlways()
     const { first, second, hashes } = await twice(cluster, true, replicas)
     expect(first.usage.cachedTokens).toBe(0)
     expect(second.usage.cachedTokens).toBe(16 * Math.min(hashes.length, Math.floor((first.promptTokens.length - 1) / 16)))
@@ -308,7 +309,7 @@ describe("a conversation that goes on after a restart", () => {
 
   it("finds its blocks on disk: only the rest is computed, and the tokens are the same", async () => {
     const first = await once({})
-    const cluster = await start()
+    const cluster = (await start()).fetchAlways()
     const second = await cluster.generate({ prompt })
     expect([first.usage.cachedTokens, second.usage.cachedTokens]).toEqual([0, full(first.promptTokens)])
     expect(second.tokens).toEqual(first.tokens)
@@ -321,7 +322,7 @@ describe("a conversation that goes on after a restart", () => {
 
   it("never finds those of another tenant or another cache_salt", async () => {
     const first = await once({ tenant: "alice", cacheSalt: "salt" })
-    const cluster = await start()
+    const cluster = (await start()).fetchAlways()
     const cached = async (tenant: string, cacheSalt?: string) => {
       const { usage, tokens } = await cluster.generate({ prompt, tenant, ...(cacheSalt === undefined ? {} : { cacheSalt }) })
       expect(tokens).toEqual(first.tokens)
@@ -343,6 +344,7 @@ describe("a conversation that goes on after a restart", () => {
     })
     expect(cluster.node.workers.get("w0")!.kernels.info.blockBytes).toBe(block)
     const asked = upTo(6).map((i) => ({ prompt: upTo(100).map((token) => 3 + ((token * 7 + i) % 250)) }))
+    cluster.fetchAlways()
     const alone = []
     for (const request of asked) alone.push((await cluster.generate(request)).tokens)
     expect((await Promise.all(asked.map((request) => cluster.generate(request)))).map(({ tokens }) => tokens)).toEqual(alone)
@@ -406,7 +408,7 @@ it("a store that does not answer costs a deadline and not the answer", async () 
   const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
   const generation = new Generation(engine, specOf("a", upTo(20), { maxTokens: 2 }))
   await generation.reserved
-  const fetching = Effect.runPromise(fetchPrefix({ link, buses: { control: bus, bulk: bus }, cluster: "test", worker: { engine, formatId: "f", kv }, id: "a" }))
+  const fetching = Effect.runPromise(fetchPrefix({ link, buses: { control: bus, bulk: bus }, cluster: "test", worker: { engine, formatId: "f", kv, costs: new MeasuredCosts() }, missing: engine.missingKv("a") }))
   await silent
   expect(await fetching).toBe(0)
   await generation.run()

@@ -12,7 +12,7 @@ afterEach(async () => {
 const start = async (change: (topology: Topology) => Topology) => {
   const node = await startNode({ change })
   stops.push(node.stop)
-  return { node, cluster: new Cluster(node) }
+  return { node, cluster: new Cluster(node).fetchAlways() }
 }
 
 const twoWorkers = (topology: Topology): Topology => ({

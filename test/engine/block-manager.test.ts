@@ -5,15 +5,15 @@ import { BlockManager } from "../../actors/engine/block-manager.ts"
 import { blockHash, chainHashes, hashRoot } from "../../actors/engine/block-hash.ts"
 
 type Step =
-  | { readonly type: "allocate" | "acquire" | "seal" | "share" | "release"; readonly pick: number; readonly hash: number }
+  | { readonly type: "allocate" | "acquire" | "seal" | "share" | "release" | "limit"; readonly pick: number; readonly hash: number }
 
 const total = 6
 const hashes = Array.from({ length: 9 }, (_, i) => `hash ${i}`)
 
-const step: fc.Arbitrary<Step> = fc.record({ type: fc.constantFrom("allocate", "allocate", "acquire", "seal", "seal", "share", "release", "release"), pick: fc.nat(), hash: fc.nat(hashes.length - 1) })
+const step: fc.Arbitrary<Step> = fc.record({ type: fc.constantFrom("allocate", "allocate", "acquire", "seal", "seal", "share", "release", "release", "limit"), pick: fc.nat(), hash: fc.nat(hashes.length - 1) })
 
 describe("the block manager", () => {
-  it("keeps every block free, cached or referenced, finds content by hash, and evicts what was used least recently", () => {
+  it("keeps every block free, cached or referenced, finds content by hash, evicts what was used least recently, and minds its limit", () => {
     fc.assert(
       fc.property(fc.array(step, { maxLength: 200 }), (steps) => {
         const events: Array<string> = []
@@ -21,7 +21,9 @@ describe("the block manager", () => {
         const held: Array<Array<number>> = [] // one block a holder
         const content = new Map<number, string>() // of sealed blocks
         let cached: Array<number> = [] // least recently used first
+        let limit = total
         const holders = (block: number) => held.filter(([own]) => own === block).length
+        const referenced = () => new Set(held.flat()).size
 
         for (const { type, pick, hash: wanted } of steps) {
           const hash = hashes[wanted]!
@@ -30,12 +32,11 @@ describe("the block manager", () => {
           const expected: Array<string> = []
           if (type === "allocate") {
             const block = manager.allocate()
-            const isFull = held.length > 0 && new Set(held.flat()).size === total
-            expect(block === undefined).toBe(isFull)
+            expect(block === undefined).toBe(referenced() >= limit)
             if (block === undefined) continue
             if (content.has(block)) {
-              expect(block).toBe(cached[0]) // and only where nothing is free
-              expect(new Set(held.flat()).size + cached.length).toBe(total)
+              expect(block).toBe(cached[0]) // and only where no other may be used
+              expect(referenced() + cached.length).toBe(limit)
               expected.push(`-${content.get(block)!}`)
               content.delete(block)
               cached = cached.slice(1)
@@ -48,6 +49,14 @@ describe("the block manager", () => {
             if (block !== undefined) {
               held.push([block])
               cached = cached.filter((other) => other !== block)
+            }
+          } else if (type === "limit") {
+            limit = 1 + (pick % total)
+            manager.limit = limit
+            while (cached.length > 0 && referenced() + cached.length > limit) {
+              const block = cached.shift()!
+              expected.push(`-${content.get(block)!}`)
+              content.delete(block)
             }
           } else if (holder !== undefined) {
             const [block] = held[holder] as [number]
@@ -62,21 +71,27 @@ describe("the block manager", () => {
               manager.share(block)
               held.push([block])
             } else {
+              const over = referenced() > limit // none is cached then
               manager.release([block])
               held.splice(holder, 1)
-              if (holders(block) === 0 && content.has(block)) cached.push(block)
+              if (holders(block) === 0 && content.has(block) && over) {
+                expected.push(`-${content.get(block)!}`)
+                content.delete(block)
+              } else if (holders(block) === 0 && content.has(block)) cached.push(block)
             }
           }
           expect(events.slice(before)).toEqual(expected)
           manager.check(held)
           for (let block = 0; block < total; block++) expect(manager.references(block)).toBe(holders(block))
           expect(manager.cached).toBe(cached.length)
-          expect(manager.available).toBe(total - new Set(held.flat()).size)
+          expect(manager.available).toBe(Math.max(0, limit - referenced()))
+          expect(manager.excess).toBe(Math.max(0, referenced() - limit))
+          expect(manager.cached === 0 || referenced() + manager.cached <= limit).toBe(true)
           expect(new Set(manager.knownHashes())).toEqual(new Set(content.values()))
           for (const [block, known] of content) expect(manager.find(known)).toBe(block)
         }
       }),
-      { numRuns: 300 },
+      { numRuns: 500 },
     )
   })
 

@@ -63,6 +63,18 @@ export class Cluster {
     return this.node.stop()
   }
 
+  /** Workers that serve now fetch every prefix that they can: they measure no steps, which a model this small has too quick ones of. */
+  fetchAlways(): this {
+    for (const { worker } of this.node.workers.values()) worker.costs.prefilled = () => {}
+    return this
+  }
+
+  /** Workers that serve now compute every prefix that their pools lack: to them it takes no time. */
+  computeAlways(): this {
+    for (const { worker } of this.node.workers.values()) Object.defineProperty(worker.costs, "prefill", { value: { stepMs: 0, tokenMs: 0, pairMs: 0 } })
+    return this
+  }
+
   open(asked: Asked, windowFrames?: number): Promise<StreamReader> {
     const to = subject("main", "request", anyId, Generate.verb)
     return Effect.runPromise(this.link.open(Generate, to, messageOf(asked), { hop: "request", windowFrames }))

@@ -1,5 +1,5 @@
 /**
- * Behind every npm script: makes a fresh clone runnable (packages, native addon), then runs what was asked for.
+ * Behind every npm script: makes a fresh clone runnable (packages, native addon, programs), then runs what was asked for.
  *
  * Plain JavaScript without dependencies, because it runs before node_modules exists. What it says goes to stderr, so
  * that stdout stays the command's own. With nothing to do it costs a few milliseconds, and the command runs in this very
@@ -11,6 +11,7 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync
 import { availableParallelism, totalmem } from "node:os"
 import { dirname, join, relative } from "node:path"
 import { fileURLToPath, pathToFileURL } from "node:url"
+import { buildPrograms, programArguments, programsDue, sourceArguments } from "./programs.mjs"
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const at = (...parts) => join(root, ...parts)
@@ -177,10 +178,10 @@ const buildAddon = async (digest) => {
   writeFileSync(addonStamp, digest)
 }
 
-/** Packages and addon as the sources want them. One process at a time; the second finds nothing left to do. */
+/** Packages, addon and programs as the sources want them. One process at a time; the second finds nothing left to do. */
 const ensure = async () => {
   checkNode()
-  if (packagesDue() === undefined && addonDue() === undefined) return
+  if (packagesDue() === undefined && addonDue() === undefined && programsDue() === undefined) return
   const { takeLock } = await import("./folder-lock.mjs")
   mkdirSync(at("build"), { recursive: true })
   const release = await takeLock(at("build", "bootstrap.lock"), {
@@ -192,6 +193,8 @@ const ensure = async () => {
     if (packages !== undefined) await installPackages(packages)
     const sources = addonDue()
     if (sources !== undefined) await buildAddon(sources)
+    const programs = programsDue()
+    if (programs !== undefined) await buildPrograms(programs)
   } finally {
     release()
   }
@@ -211,13 +214,14 @@ const followNpm = () => {
   watch.unref()
 }
 
-/** The command line, in this process. Node from 22.18 on reads TypeScript itself. */
+const main = () => programArguments(at("gateway", "main.ts"))
+
+/** The command line, in this process. */
 const runMain = async (args) => {
-  const main = at("gateway", "main.ts")
-  process.argv = [process.execPath, main, ...args]
+  const [program] = main()
+  process.argv = [process.execPath, program, ...args]
   followNpm()
-  if (!atLeast(22, 18)) (await import("tsx/esm/api")).register()
-  await import(pathToFileURL(main).href)
+  await import(pathToFileURL(program).href)
 }
 
 /** A child that shares the terminal. Ctrl-C reaches it by itself; this process waits for it and takes its exit code. */
@@ -236,11 +240,9 @@ const runChild = (args) =>
     })
   })
 
-const typescript = () => (atLeast(22, 18) ? [] : ["--import", "tsx"])
-
 const runTests = async (args) => {
   // The tests of the real model need it; without a network they say so one by one, and the others still run.
-  const pull = spawnSync(process.execPath, [...typescript(), at("gateway", "main.ts"), "pull", "smollm2-135m"], { cwd: root, stdio: ["ignore", "ignore", "inherit"] })
+  const pull = spawnSync(process.execPath, [...main(), "pull", "smollm2-135m"], { cwd: root, stdio: ["ignore", "ignore", "inherit"] })
   if (pull.status !== 0) say("The model could not be fetched (above): tests that need it will fail.")
   return runChild([at("node_modules", "vitest", "vitest.mjs"), "run", ...args])
 }
@@ -261,7 +263,7 @@ try {
       process.exitCode = await runTests(args)
       break
     case "sanitize":
-      process.exitCode = await runChild([...typescript(), at("test", "sanitize", "main.ts"), ...args])
+      process.exitCode = await runChild([...sourceArguments, at("test", "sanitize", "main.ts"), ...args])
       break
     default:
       throw new Remedy(`config/bootstrap.mjs: expected build, start, run, test or sanitize, found ${String(task)}`)

@@ -5,6 +5,7 @@ import { spawn, type ChildProcess } from "node:child_process"
 import { fileURLToPath } from "node:url"
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
+import { programArguments } from "../../config/programs.mjs"
 import type { NatsAddress, Topology } from "../../config/topology.ts"
 import type { Component } from "./component.ts"
 import type { ResolvedModel } from "./fetch-model.ts"
@@ -21,13 +22,6 @@ export interface ChildOrder {
 export type ChildReport = { readonly type: "ready" } | { readonly type: "alive" } | { readonly type: "failed"; readonly message: string }
 
 const program = fileURLToPath(new URL("./child.ts", import.meta.url))
-
-// Node from 22.18 on reads TypeScript by itself.
-const [major = 0, minor = 0] = process.versions.node.split(".").map(Number)
-const loader = major > 22 || (major === 22 && minor >= 18) ? [] : ["--import", "tsx"]
-
-/** Node's own arguments for a program in TypeScript. */
-export const programArguments = (program: string): ReadonlyArray<string> => [...loader, program]
 
 /** Runs a component's process until it ends, which is a failure, or the Scope closes, which ends it. */
 export const componentProcess = (order: ChildOrder, ready: Effect.Effect<void>): Effect.Effect<never, WorkerError, Scope.Scope> =>

@@ -5,7 +5,7 @@
 import { spawn } from "node:child_process"
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
-import { programArguments } from "../../actors/node/component-process.ts"
+import { programArguments } from "../../config/programs.mjs"
 
 export type Report<R> = { readonly type: "done"; readonly value: R } | { readonly type: "failed"; readonly message: string }
 

@@ -26,7 +26,7 @@ it.each(["SIGINT", "SIGTERM"] as const)("on %s while it still starts it ends wit
   const { child, ended, output } = runStart(["--topology", path, "--port", "0"])
   const processes = () => descendantsOf(child.pid!)
   // Some of its actors' processes are there, and it does not serve yet.
-  while (child.exitCode === null && !processes().some(({ command }) => command.includes("actors/node/child.ts"))) await new Promise((resolve) => setTimeout(resolve, 5))
+  while (child.exitCode === null && !processes().some(({ command }) => command.includes("actors/node/child"))) await new Promise((resolve) => setTimeout(resolve, 5))
   const started = processes()
   process.kill(-child.pid!, signal)
   expect(await ended).toBe(0)

@@ -17,7 +17,7 @@ import { requestAttributes, responseAttributes } from "./trace.ts"
 /** Opens a generation for each order of the answer `id`; they are cancelled when the scope closes, whatever closes it. */
 export const openBatch = (gateway: GatewayContext, call: Pick<Call, "onStop">, id: string, orders: ReadonlyArray<GenerateOrder>): Effect.Effect<Batch, ApiError, Scope> =>
   Effect.flatMap(Effect.context<never>(), (context) => {
-    const to = subject(gateway.cluster, "request", anyId, Generate.verb)
+    const to = subject(gateway.namespace, "request", anyId, Generate.verb)
     const open: OpenGenerate = (message, deadlineMs) => Effect.runSyncWith(context)(gateway.link.open(Generate, to, message, { hop: "request", deadlineMs }))
     return Effect.acquireRelease(
       attempt(() => {

@@ -21,7 +21,7 @@ export interface ServedModel {
 
 export interface GatewayContext {
   readonly link: Link
-  readonly cluster: string
+  readonly namespace: string
   readonly model: ServedModel
   readonly keys: Keys
   readonly admission: Admission

@@ -80,7 +80,7 @@ const echoTexts = (gateway: GatewayContext, orders: ReadonlyArray<GenerateOrder>
     if (promptLogprobs || prompt.kind === "chat") return Effect.succeed(undefined)
     if (prompt.kind === "text") return Effect.succeed(prompt.text)
     const tokens = [...unpackTokens(prompt.tokens, "prompt")]
-    return gateway.link.ask(Detokenize, subject(gateway.cluster, "request", anyId, Detokenize.verb), { tokens }, { hop: "request" }).pipe(Effect.mapBoth({ onSuccess: ({ content }) => content, onFailure: fromFault }))
+    return gateway.link.ask(Detokenize, subject(gateway.namespace, "request", anyId, Detokenize.verb), { tokens }, { hop: "request" }).pipe(Effect.mapBoth({ onSuccess: ({ content }) => content, onFailure: fromFault }))
   })
 
 export const completions: Handler = Effect.fnUntraced(function* (gateway, call) {

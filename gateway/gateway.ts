@@ -23,7 +23,7 @@ export { GatewayError } from "./gateway-error.ts"
 
 export interface GatewayOptions {
   readonly bus: Bus
-  readonly cluster: string
+  readonly namespace: string
   /** Who serves; listened for here where nobody does so already. */
   readonly members?: Members
   readonly host: string
@@ -64,12 +64,12 @@ export const gateway = (options: GatewayOptions): Effect.Effect<{ readonly url: 
     const bounds = { ...defaultBounds, ...options.bounds }
     const context: GatewayContext = {
       link: new Link(options.bus, "gateway", Date.now()),
-      cluster: options.cluster,
+      namespace: options.namespace,
       model: options.model,
       keys: yield* Effect.try({ try: () => keysFor(options), catch: (error) => error as GatewayError }),
       admission: new Admission(bounds.requests),
       stored: new StoredResponses(bounds.storedResponseMs),
-      members: options.members ?? (yield* Members.listen(options.bus, options.cluster)),
+      members: options.members ?? (yield* Members.listen(options.bus, options.namespace)),
       ready: options.ready,
       keepAliveMs: bounds.keepAliveMs,
       stallMs: bounds.stallMs,

@@ -27,7 +27,7 @@ export const oneModel: Handler = (gateway, call) =>
   Effect.map(attempt(() => checkModel(gateway, call.rest)), () => json(200, modelBody(gateway)))
 
 const ask = <A, R>(gateway: GatewayContext, type: MessageType<A, R, "ask">, message: A) =>
-  Effect.mapError(gateway.link.ask(type, subject(gateway.cluster, "request", anyId, type.verb), message, { hop: "request" }), fromFault)
+  Effect.mapError(gateway.link.ask(type, subject(gateway.namespace, "request", anyId, type.verb), message, { hop: "request" }), fromFault)
 
 const decodeTokenize = decoder(Schema.Struct({ content: Schema.String.annotate({ expected: "a string" }) }))
 const decodeDetokenize = decoder(Schema.Struct({ tokens: Schema.Array(tokenId).annotate({ expected: "an array of token ids" }) }))

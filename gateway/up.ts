@@ -32,7 +32,7 @@ const serveTraced = (options: NodeOptions): Effect.Effect<Serving, WorkerError |
     const listening = yield* gateway({
       bus: running.bus,
       members,
-      cluster: topology.cluster,
+      namespace: running.namespace,
       host,
       port,
       keysFile: keys ?? undefined,

@@ -23,16 +23,16 @@ import { TransferReceiver } from "../transfer/transfer-receiver.ts"
 export interface DecodeActorOptions {
   readonly link: Link
   readonly buses: Buses
-  readonly cluster: string
+  readonly namespace: string
   readonly worker: Worker
 }
 
 /** Runs the decode role of `worker` until the Scope closes. */
 export const decodeActor = (options: DecodeActorOptions): Effect.Effect<void, never, Scope.Scope> => {
-  const { link, buses, cluster, worker } = options
+  const { link, buses, namespace, worker } = options
   const { engine, formatId } = worker
 
-  const place = subject(cluster, "decode", worker.id, Reserve.verb)
+  const place = subject(namespace, "decode", worker.id, Reserve.verb)
   const spanAttributes = { ...messageAttributes(link, place), [attributes.worker]: worker.id }
 
   const reserve = (message: SequenceMessage, writer: StreamWriter): Effect.Effect<void, Fault> =>
@@ -99,7 +99,7 @@ export const decodeActor = (options: DecodeActorOptions): Effect.Effect<void, ne
     const firstBlock = prefixTokens / worker.kv.blockTokens
     const receiver = new TransferReceiver({
       ...buses,
-      cluster,
+      namespace,
       transferId: id,
       sink: poolSink(worker, id),
       firstBlock,
@@ -133,6 +133,6 @@ export const decodeActor = (options: DecodeActorOptions): Effect.Effect<void, ne
 
   return actor(link, [
     onStream(Reserve, [{ subject: place }], reserve),
-    onTell(Finish, [{ subject: subject(cluster, "decode", worker.id, Finish.verb) }], ({ transferId, choice }) => Effect.sync(() => engine.finish(transferId, choice))),
+    onTell(Finish, [{ subject: subject(namespace, "decode", worker.id, Finish.verb) }], ({ transferId, choice }) => Effect.sync(() => engine.finish(transferId, choice))),
   ])
 }

@@ -49,18 +49,18 @@ export class StoreWriter {
   }
 
   /** Writes until the Scope closes. */
-  run(options: { readonly link: Link; readonly cluster: string; readonly buses: Buses; readonly worker: Pick<Worker, "engine" | "formatId" | "kv"> }): Effect.Effect<void, never, Scope.Scope> {
-    const { link, buses, cluster, worker } = options
+  run(options: { readonly link: Link; readonly namespace: string; readonly buses: Buses; readonly worker: Pick<Worker, "engine" | "formatId" | "kv"> }): Effect.Effect<void, never, Scope.Scope> {
+    const { link, buses, namespace, worker } = options
     const hop = { hop: "kv-store", deadlineMs: limits.storeDeadlineMs }
     const { engine, formatId, kv } = worker
-    const to = subject(cluster, "kv-store", anyId, Put.verb)
+    const to = subject(namespace, "kv-store", anyId, Put.verb)
     const putBatch = Effect.gen({ self: this }, function* () {
       yield* this.#nonEmpty()
       // What somebody waits for goes first, where it does not go on for ever.
       for (let waitedMs = 0; this.#parked === 0 && engine.hasPrompts && waitedMs < limits.storeYieldMs; waitedMs += pollMs) yield* Effect.sleep(pollMs)
       const batch = this.#queue.splice(0, limits.storeBatchBlocks)
       this.#parked = Math.max(0, this.#parked - batch.length)
-      const { present } = yield* link.ask(Have, subject(cluster, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(batch.map(({ hash }) => hash)) }, hop)
+      const { present } = yield* link.ask(Have, subject(namespace, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(batch.map(({ hash }) => hash)) }, hop)
       const absent = batch.filter((_, i) => present[i] !== true)
       if (absent.length > 0) yield* put(absent).pipe(Effect.withSpan(spans.kvStorePut, spanOfBatch(absent)))
     })
@@ -77,7 +77,7 @@ export class StoreWriter {
         if (places.length === 0) return
         const source = { ...kv, crc32c, write: held.writeOf(places) }
         const sender = yield* Effect.acquireRelease(
-          Effect.sync(() => new TransferSender({ ...buses, cluster, transferId, source, creditBytes, hop: "kv-store" })),
+          Effect.sync(() => new TransferSender({ ...buses, namespace, transferId, source, creditBytes, hop: "kv-store" })),
           (opened) => Effect.sync(() => opened.fail(new Fault({ code: "cancelled", message: `${link.sender}: is leaving`, hop: link.sender }))),
         )
         places.forEach((_, place) => sender.send({ firstLayer: 0, layers: kv.layers, firstBlock: place, blocks: 1 }))

@@ -29,7 +29,7 @@ import { blockKey } from "./shelves.ts"
 export interface KvStoreOptions {
   readonly link: Link
   readonly buses: Buses
-  readonly cluster: string
+  readonly namespace: string
   readonly id: string
   readonly memoryBytes: number
   /** `lru` where absent. */
@@ -54,17 +54,17 @@ type PinMessage = BlocksMessage & { readonly leaseMs: number }
 /** Runs a KV store until the Scope closes. */
 export const kvStoreActor = (options: KvStoreOptions): Effect.Effect<RunningStore, never, Scope.Scope> =>
   Effect.gen(function* () {
-    const { link, buses, cluster, id, memoryBytes, disk } = options
+    const { link, buses, namespace, id, memoryBytes, disk } = options
     const eviction = evictions[options.eviction ?? "lru"]
     const tiers = new BlockTiers({ memoryBytes, eviction })
     if (disk !== undefined) yield* attachDisk(tiers, { folder: disk.folder, capacityBytes: disk.bytes, eviction, warn: (message) => console.error(`${link.sender}: ${message}`) })
-    const peers = new Peers({ link, buses, cluster, id, members: options.members })
+    const peers = new Peers({ link, buses, namespace, id, members: options.members })
     const formats = new Formats(link.sender)
     const coming = new Set<string>() // keys that an open put brings: what prefill and decode both have is sent once
     const open = new Set<{ readonly fail: (fault: Fault) => void }>() // transfers, both ways
     const copies = yield* FiberSet.make<void>()
-    const here = (verb: string) => [{ subject: subject(cluster, "kv-store", id, verb) }]
-    const anywhere = (verb: string) => [{ subject: subject(cluster, "kv-store", anyId, verb), queue: "kv-store" }]
+    const here = (verb: string) => [{ subject: subject(namespace, "kv-store", id, verb) }]
+    const anywhere = (verb: string) => [{ subject: subject(namespace, "kv-store", anyId, verb), queue: "kv-store" }]
     const keys = ({ formatId, hashes }: BlocksMessage) => unpackHashes(hashes).map((hash) => blockKey(formatId, hash))
     const leaving = new Fault({ code: "shutting_down", message: `${link.sender}: is leaving`, hop: link.sender })
     yield* Effect.addFinalizer(() => Effect.sync(() => open.forEach((transfer) => transfer.fail(leaving))))
@@ -133,7 +133,7 @@ export const kvStoreActor = (options: KvStoreOptions): Effect.Effect<RunningStor
         yield* Effect.annotateCurrentSpan(attributes.movedBlocks, taken === undefined ? 0 : hashes.length)
         if (taken === undefined) return { sent: false }
         const blocks: Array<Uint8Array> = []
-        const sender = new TransferSender({ ...buses, cluster, transferId, source: bufferSource(layout, blocks, firstBlock), creditBytes, hop: "prefill" })
+        const sender = new TransferSender({ ...buses, namespace, transferId, source: bufferSource(layout, blocks, firstBlock), creditBytes, hop: "prefill" })
         track(sender)
         sender.done.then(taken.release, taken.release)
         void (async () => {
@@ -147,7 +147,7 @@ export const kvStoreActor = (options: KvStoreOptions): Effect.Effect<RunningStor
         })()
         yield* copyHot({ formatId, layout }, hashes)
         return { sent: true }
-      }).pipe(Effect.withSpan(spans.kvStoreGet, { kind: "server", attributes: messageAttributes(link, subject(cluster, "kv-store", anyId, Get.verb)) }))
+      }).pipe(Effect.withSpan(spans.kvStoreGet, { kind: "server", attributes: messageAttributes(link, subject(namespace, "kv-store", anyId, Get.verb)) }))
 
     const put = (message: PutMessage, alone: boolean) =>
       Effect.gen(function* () {
@@ -179,7 +179,7 @@ export const kvStoreActor = (options: KvStoreOptions): Effect.Effect<RunningStor
           formats.remember(message)
           const blocks = keep.map((i) => ({ hash: hashes[i]!, depth: message.depths?.[i] ?? 0, bytes: new Uint8Array(blockBytes) }))
           const sink = bufferSink(layout, blocks.map(({ bytes }) => bytes))
-          const receiver = new TransferReceiver({ ...buses, cluster, transferId, sink, firstBlock: 0, blocks: keep.length, creditBytes: limits.kvWindowBytes, hop: "a worker" })
+          const receiver = new TransferReceiver({ ...buses, namespace, transferId, sink, firstBlock: 0, blocks: keep.length, creditBytes: limits.kvWindowBytes, hop: "a worker" })
           track(receiver)
           const whole = () => {
             keep.forEach(ended)
@@ -188,7 +188,7 @@ export const kvStoreActor = (options: KvStoreOptions): Effect.Effect<RunningStor
           receiver.done.then(whole, () => keep.forEach(ended)) // blocks that did not come stay unknown, which costs a later miss
         }
         return { wanted: named.map((_, i) => keep.includes(i)), transferId, creditBytes: limits.kvWindowBytes }
-      }).pipe(Effect.withSpan(spans.kvStorePut, { kind: "server", attributes: messageAttributes(link, subject(cluster, "kv-store", anyId, Put.verb)) }))
+      }).pipe(Effect.withSpan(spans.kvStorePut, { kind: "server", attributes: messageAttributes(link, subject(namespace, "kv-store", anyId, Put.verb)) }))
 
     const pinHere = (message: PinMessage) => ({ pinned: keys(message).map((key) => tiers.pin(key, performance.now() + message.leaseMs)) })
     const pinAnywhere = (message: PinMessage) =>

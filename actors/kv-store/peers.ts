@@ -20,7 +20,7 @@ import type { StoredFormat } from "./formats.ts"
 export interface PeersOptions {
   readonly link: Link
   readonly buses: Buses
-  readonly cluster: string
+  readonly namespace: string
   readonly id: string
   /** Absent where this is the only store. */
   readonly members: Pick<Members, "all"> | undefined
@@ -41,9 +41,9 @@ export class Peers {
 
   /** The answers of those that answer in time. */
   askAll<A, R>(type: MessageType<A, R, "ask">, message: A): Effect.Effect<ReadonlyArray<{ readonly id: string; readonly answer: R }>> {
-    const { link, cluster } = this.#options
+    const { link, namespace } = this.#options
     const ask = (id: string) =>
-      link.ask(type, subject(cluster, "kv-store", id, type.verb), message, { hop: `kv-store ${id}`, deadlineMs: limits.storePeerDeadlineMs }).pipe(
+      link.ask(type, subject(namespace, "kv-store", id, type.verb), message, { hop: `kv-store ${id}`, deadlineMs: limits.storePeerDeadlineMs }).pipe(
         Effect.map((answer) => [{ id, answer }]),
         Effect.orElseSucceed(() => []),
       )
@@ -58,15 +58,15 @@ export class Peers {
   /** Puts blocks into another store; what it has already it does not take. */
   copy(id: string, format: StoredFormat, blocks: ReadonlyArray<PutBlock>): Effect.Effect<void, Fault> {
     return Effect.suspend(() => {
-      const { link, buses, cluster } = this.#options
+      const { link, buses, namespace } = this.#options
       const hop = `kv-store ${id}`
       const message = { formatId: format.formatId, layout: format.layout, hashes: packHashes(blocks.map(({ hash }): BlockHash => hash)), depths: blocks.map(({ depth }) => depth) }
       return Effect.gen(function* () {
-        const { wanted, transferId, creditBytes } = yield* link.ask(Put, subject(cluster, "kv-store", id, Put.verb), message, { hop })
+        const { wanted, transferId, creditBytes } = yield* link.ask(Put, subject(namespace, "kv-store", id, Put.verb), message, { hop })
         const sent = blocks.filter((_, i) => wanted[i] === true).map(({ bytes }) => bytes)
         if (sent.length === 0) return
         const sender = yield* Effect.acquireRelease(
-          Effect.sync(() => new TransferSender({ ...buses, cluster, transferId, source: bufferSource(format.layout, sent, 0), creditBytes, hop })),
+          Effect.sync(() => new TransferSender({ ...buses, namespace, transferId, source: bufferSource(format.layout, sent, 0), creditBytes, hop })),
           (opened) => Effect.sync(() => opened.fail(new Fault({ code: "cancelled", message: `${link.sender}: is leaving`, hop: link.sender }))),
         )
         sent.forEach((_, place) => sender.send({ firstLayer: 0, layers: format.layout.layers, firstBlock: place, blocks: 1 }))

@@ -1,6 +1,7 @@
 /**
- * Every subject: `ps.<cluster>.<kind>.<id>.<verb>`, built here only, so that permissions can be granted per role.
- * The id `any` is served by the queue group of a kind.
+ * Every subject: `ps.<cluster>.<generation>.<kind>.<id>.<verb>`, built here only, so that permissions can be granted per
+ * role. The id `any` is served by the queue group of a kind. Actors are given cluster and generation as one namespace:
+ * those of two generations never hear each other.
  */
 import { Finish, Reserve } from "./decode.ts"
 import { Get, Have, Pin, Put } from "./kv-store.ts"
@@ -14,20 +15,29 @@ export type ActorKind = (typeof actorKinds)[number]
 
 export const anyId = "any"
 
-export const subject = (cluster: string, kind: ActorKind, id: string, verb: string): string => `ps.${cluster}.${kind}.${id}.${verb}`
+/** In place of a generation, where a process belongs to none. */
+export const everyGeneration = "all"
+
+/** What the actors of one generation are told to speak in: see actors/node/generation.ts. */
+export const namespaceOf = (cluster: string, generation: string): string => `${cluster}.${generation}`
+
+export const subject = (namespace: string, kind: ActorKind, id: string, verb: string): string => `ps.${namespace}.${kind}.${id}.${verb}`
 
 /** A transfer's own subjects: its chunks and its sender's progress go to the receiver, the receiver's status to the sender. */
-export const transferSubject = (cluster: string, transferId: string, verb: "chunk" | "progress" | "status"): string => `ps.${cluster}.kv.${transferId}.${verb}`
+export const transferSubject = (namespace: string, transferId: string, verb: "chunk" | "progress" | "status"): string => `ps.${namespace}.kv.${transferId}.${verb}`
 
 /** Where every process says what serves in it. */
-export const presenceSubject = (cluster: string): string => `ps.${cluster}.presence`
+export const presenceSubject = (namespace: string): string => `ps.${namespace}.presence`
 
 /** Processes by what runs in them: what a user of NATS is made for. A worker has prefill, decode or both, and may change. */
 export const processKinds = ["gateway", "request", "scheduler", "worker", "kv-store"] as const
 export type ProcessKind = (typeof processKinds)[number]
 
-/** Where answers to a process come in; never the shared inbox that NATS clients have by themselves. */
-export const inboxPrefix = (cluster: string, kind: ProcessKind, id: string): string => `ps.${cluster}.inbox.${kind}.${id}`
+/**
+ * Where answers to a process come in; never the shared inbox that NATS clients have by themselves. A process that speaks to
+ * actors of several generations has it in `everyGeneration`.
+ */
+export const inboxPrefix = (namespace: string, kind: ProcessKind, id: string): string => `ps.${namespace}.inbox.${kind}.${id}`
 
 /** Who runs an actor. */
 const processOf: Readonly<Record<ActorKind, ProcessKind>> = { request: "request", scheduler: "scheduler", worker: "worker", prefill: "worker", decode: "worker", "kv-store": "kv-store" }
@@ -71,21 +81,22 @@ export interface Permissions {
  * @param id of the process; without it, for every process of the kind
  */
 export const permissions = (cluster: string, kind: ProcessKind, id = "*"): Permissions => {
+  const namespace = namespaceOf(cluster, "*")
   const begins = conversations.filter(({ from }) => from === kind)
   const partners = conversations.flatMap(({ from, to }) => (from === kind ? [processOf[to]] : processOf[to] === kind ? [from] : []))
-  const transfers = movesKv.has(kind) ? (["chunk", "progress", "status"] as const).map((verb) => transferSubject(cluster, "*", verb)) : []
+  const transfers = movesKv.has(kind) ? (["chunk", "progress", "status"] as const).map((verb) => transferSubject(namespace, "*", verb)) : []
   return {
     publish: [
-      ...begins.flatMap(({ to, verbs }) => verbs.map((verb) => subject(cluster, to, "*", verb))),
-      ...[...new Set(partners)].map((partner) => `${inboxPrefix(cluster, partner, "*")}.>`),
+      ...begins.flatMap(({ to, verbs }) => verbs.map((verb) => subject(namespace, to, "*", verb))),
+      ...[...new Set(partners)].map((partner) => `${inboxPrefix(namespace, partner, "*")}.>`),
       ...transfers,
-      ...(kind === "gateway" ? [] : [presenceSubject(cluster)]),
+      ...(kind === "gateway" ? [] : [presenceSubject(namespace)]),
     ],
     subscribe: [
-      ...actorKinds.filter((actor) => processOf[actor] === kind).flatMap((actor) => [...new Set([id, anyId])].map((at) => subject(cluster, actor, at, "*"))),
-      `${inboxPrefix(cluster, kind, id)}.>`,
+      ...actorKinds.filter((actor) => processOf[actor] === kind).flatMap((actor) => [...new Set([id, anyId])].map((at) => subject(namespace, actor, at, "*"))),
+      `${inboxPrefix(namespace, kind, id)}.>`,
       ...transfers,
-      ...(watchesPresence.has(kind) ? [presenceSubject(cluster)] : []),
+      ...(watchesPresence.has(kind) ? [presenceSubject(namespace)] : []),
     ],
   }
 }

@@ -25,7 +25,7 @@ const sayAlive = async (): Promise<never> => {
 process.on("SIGINT", () => {})
 process.on("SIGHUP", () => {})
 
-const run = async ({ component, topology, model, nats }: ChildOrder): Promise<number> => {
+const run = async ({ component, topology, model, namespace, nats }: ChildOrder): Promise<number> => {
   const stop = Deferred.makeUnsafe<void>()
   const stopNow = () => {
     // A shutdown that hangs is cut off, also where nobody is left to kill this process.
@@ -38,7 +38,7 @@ const run = async ({ component, topology, model, nats }: ChildOrder): Promise<nu
   const env = readEnv()
   const tracing = telemetry({ endpoint: env.otlpEndpoint ?? topology.telemetry.otlp ?? undefined, cluster: topology.cluster, component })
   const program = Effect.gen(function* () {
-    const prefix = inboxPrefix(topology.cluster, component.kind, component.id)
+    const prefix = inboxPrefix(namespace, component.kind, component.id)
     const buses = yield* Effect.acquireRelease(
       Effect.tryPromise({ try: () => connectBuses({ ...nats, name, inboxPrefix: prefix }), catch: (error) => error as Error }),
       ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])),
@@ -47,7 +47,7 @@ const run = async ({ component, topology, model, nats }: ChildOrder): Promise<nu
       await report({ type: "ready" })
       void sayAlive()
     })
-    yield* Effect.raceFirst(runComponent(component, Date.now(), { topology, model, env, buses }, ready), Deferred.await(stop))
+    yield* Effect.raceFirst(runComponent(component, Date.now(), { topology, model, namespace, env, buses }, ready), Deferred.await(stop))
   })
   try {
     await Effect.runPromise(Effect.scoped(program).pipe(Effect.provide(tracing)))

@@ -16,6 +16,7 @@ export interface ChildOrder {
   readonly component: Component
   readonly topology: Topology
   readonly model: ResolvedModel
+  readonly namespace: string
   readonly nats: NatsAddress
 }
 

@@ -33,6 +33,8 @@ export interface Component {
 export interface ComponentContext {
   readonly topology: Topology
   readonly model: ResolvedModel
+  /** `namespaceIn` its topology and model. */
+  readonly namespace: string
   readonly env: Env
   readonly buses: Buses
   /** Called with a worker that serves, where it runs in this process. */
@@ -55,20 +57,19 @@ const attempt = <A>(run: () => A) => Effect.try({ try: run, catch: (error) => ne
 export const runComponent = (component: Component, epoch: number, context: ComponentContext, ready: Effect.Effect<void>): Effect.Effect<never, WorkerError, Scope.Scope> =>
   Effect.gen(function* () {
     const { kind, id } = component
-    const { topology, model, buses } = context
-    const { cluster } = topology
+    const { topology, model, namespace, buses } = context
     const link = new Link(buses.control, `${kind} ${id}`, epoch)
     let store: RunningStore | undefined
     if (kind === "worker") return yield* runWorker(id, epoch, context, ready)
     if (kind === "kv-store") {
       const { memory, disk, eviction, replicas } = topology.kvStore
-      const folder = join(disk.path === "auto" ? join(context.env.home, "kv", cluster) : disk.path, id)
-      const members = replicas > 1 ? yield* Members.listen(buses.control, cluster) : undefined
-      store = yield* kvStoreActor({ link, buses, cluster, id, memoryBytes: memory, eviction, members, disk: disk.size > 0 ? { folder, bytes: disk.size } : undefined })
+      const folder = join(disk.path === "auto" ? join(context.env.home, "kv", topology.cluster) : disk.path, id)
+      const members = replicas > 1 ? yield* Members.listen(buses.control, namespace) : undefined
+      store = yield* kvStoreActor({ link, buses, namespace, id, memoryBytes: memory, eviction, members, disk: disk.size > 0 ? { folder, bytes: disk.size } : undefined })
     } else if (kind === "scheduler") {
       const { policy, queue } = topology.scheduler
       if (!isPolicyName(policy)) return yield* Effect.fail(new WorkerError(`scheduler.policy: ${policy} is not available`))
-      yield* schedulerActor({ link, cluster, policy, queue })
+      yield* schedulerActor({ link, namespace, policy, queue })
     } else {
       const gguf = yield* readModel(model)
       const plans = yield* attempt(() => planWorkers(gguf, topology))
@@ -78,9 +79,9 @@ export const runComponent = (component: Component, epoch: number, context: Compo
         const contextTokens = Math.max(...plans.map((plan) => plan.contextTokens))
         return { tokenizer, template, modelDigest: model.sha256, formatId: formatOf(context), blockTokens: topology.workers[0]!.kv.blockTokens, contextTokens }
       })
-      yield* requestActor({ link, cluster, id, model: served, members: yield* Members.listen(buses.control, cluster) })
+      yield* requestActor({ link, namespace, id, model: served, members: yield* Members.listen(buses.control, namespace) })
     }
-    yield* announce({ link, cluster, kind, id, store: store?.figures })
+    yield* announce({ link, namespace, kind, id, store: store?.figures })
     yield* ready
     return yield* Effect.never
   })
@@ -101,7 +102,7 @@ const formatOf = ({ topology, model }: ComponentContext): string => {
 
 const runWorker = (id: string, epoch: number, context: ComponentContext, ready: Effect.Effect<void>) =>
   Effect.gen(function* () {
-    const { topology, model, env, buses } = context
+    const { topology, model, namespace, env, buses } = context
     const index = topology.workers.findIndex(({ name }) => name === id)
     const { roles, maxBatch, threads, kv } = topology.workers[index]!
     const gguf = yield* readModel(model)
@@ -122,5 +123,5 @@ const runWorker = (id: string, epoch: number, context: ComponentContext, ready: 
       maxContext: contextTokens,
     }
     const serving = (running: RunningWorker) => Effect.andThen(Effect.sync(() => context.onWorker?.(running)), ready)
-    return yield* worker({ buses, cluster: topology.cluster, id, roles, maxBatch, formatId: formatOf(context), kernels }, epoch, serving)
+    return yield* worker({ buses, namespace, id, roles, maxBatch, formatId: formatOf(context), kernels }, epoch, serving)
   })

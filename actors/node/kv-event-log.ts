@@ -34,12 +34,12 @@ export class KvEventLog {
   }
 
   /** Publishes until the Scope closes. */
-  run(options: { readonly link: Link; readonly cluster: string; readonly worker: string; readonly epoch: number }): Effect.Effect<void, never, Scope.Scope> {
-    const { link, cluster, worker, epoch } = options
+  run(options: { readonly link: Link; readonly namespace: string; readonly worker: string; readonly epoch: number }): Effect.Effect<void, never, Scope.Scope> {
+    const { link, namespace, worker, epoch } = options
     const publish = Effect.gen({ self: this }, function* () {
       yield* this.#nonEmpty()
       for (const { firstId, stored, removed } of this.#pending.splice(0)) {
-        yield* link.tell(KvEvents, subject(cluster, "scheduler", anyId, KvEvents.verb), { worker, epoch, firstId, stored: packHashes(stored), removed: packHashes(removed) })
+        yield* link.tell(KvEvents, subject(namespace, "scheduler", anyId, KvEvents.verb), { worker, epoch, firstId, stored: packHashes(stored), removed: packHashes(removed) })
       }
     })
     return Effect.asVoid(Effect.forkScoped(Effect.forever(Effect.ignore(publish))))

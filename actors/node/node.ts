@@ -9,11 +9,12 @@ import type { Bus, Buses } from "../runtime/bus.ts"
 import { MemoryBus } from "../runtime/memory-bus.ts"
 import { connectBuses } from "../runtime/nats-bus.ts"
 import { supervise } from "../runtime/supervisor.ts"
-import { inboxPrefix } from "../messages/subjects.ts"
+import { everyGeneration, inboxPrefix, namespaceOf } from "../messages/subjects.ts"
 import { Members } from "../presence/members.ts"
 import { componentProcess } from "./component-process.ts"
 import { componentsOf, contextTokensOf, runComponent, type Component } from "./component.ts"
 import type { ResolvedModel } from "./fetch-model.ts"
+import { namespaceIn } from "./generation.ts"
 import { superviseNatsServer } from "./nats-server.ts"
 import { WorkerError, type RunningWorker } from "./worker.ts"
 
@@ -25,6 +26,8 @@ export interface NodeOptions {
 export interface RunningNode {
   /** The gateway's connection. */
   readonly bus: Bus
+  /** Where its actors speak. */
+  readonly namespace: string
   /** Workers in this process, by name; one that is being restarted is the last one that ran. */
   readonly workers: ReadonlyMap<string, RunningWorker>
   /** Who serves, here and in other processes. */
@@ -38,16 +41,17 @@ export const node = (options: NodeOptions): Effect.Effect<RunningNode, WorkerErr
   Effect.gen(function* () {
     const { topology, model } = options
     const env = readEnv()
+    const namespace = namespaceIn(options)
     const nats = yield* natsAddress(topology)
     const buses = yield* connect(topology, nats)
-    const members = yield* Members.listen(buses.control, topology.cluster)
+    const members = yield* Members.listen(buses.control, namespace)
     const workers = new Map<string, RunningWorker>()
     const start = (component: Component) => {
       let epoch = Date.now()
       return supervise(`${component.kind} ${component.id}`, (ready) =>
         nats === undefined
-          ? runComponent(component, epoch++, { topology, model, env, buses, onWorker: (running) => workers.set(component.id, running) }, ready)
-          : componentProcess({ component, topology, model, nats }, ready),
+          ? runComponent(component, epoch++, { topology, model, namespace, env, buses, onWorker: (running) => workers.set(component.id, running) }, ready)
+          : componentProcess({ component, topology, model, namespace, nats }, ready),
       )
     }
     // All start at once; each stage has a Scope of its own, so that they end one after the other, requests first.
@@ -60,7 +64,7 @@ export const node = (options: NodeOptions): Effect.Effect<RunningNode, WorkerErr
       { concurrency: "unbounded", discard: true },
     )
     yield* members.untilServing(componentsOf(topology).flat())
-    return { bus: buses.control, workers, members, contextTokens: yield* contextTokensOf(options) }
+    return { bus: buses.control, namespace, workers, members, contextTokens: yield* contextTokensOf(options) }
   })
 
 /** The server to connect to: of the topology, or one that is supervised here; undefined on the memory bus. */
@@ -74,7 +78,7 @@ const connect = ({ cluster }: Topology, nats: NatsAddress | undefined): Effect.E
   Effect.acquireRelease(
     Effect.tryPromise({
       try: async (): Promise<Buses> => {
-        if (nats !== undefined) return connectBuses({ ...nats, name: "gateway g0", inboxPrefix: inboxPrefix(cluster, "gateway", "g0") })
+        if (nats !== undefined) return connectBuses({ ...nats, name: "gateway g0", inboxPrefix: inboxPrefix(namespaceOf(cluster, everyGeneration), "gateway", "g0") })
         const memory = new MemoryBus()
         return { control: memory, bulk: memory }
       },

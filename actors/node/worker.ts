@@ -22,7 +22,7 @@ import { KvEventLog } from "./kv-event-log.ts"
 
 export interface WorkerOptions {
   readonly buses: Buses
-  readonly cluster: string
+  readonly namespace: string
   readonly id: string
   readonly roles: ReadonlyArray<Role>
   readonly maxBatch: number
@@ -46,13 +46,13 @@ const asError = (error: unknown): WorkerError => new WorkerError(error instanceo
 /** Runs a worker of this epoch until it breaks. `serving` is called when its actors listen. */
 export const worker = (options: WorkerOptions, epoch: number, serving: (running: RunningWorker) => Effect.Effect<void>): Effect.Effect<never, WorkerError, Scope.Scope> =>
   Effect.gen(function* () {
-    const { buses, cluster, id, roles, maxBatch, formatId } = options
+    const { buses, namespace, id, roles, maxBatch, formatId } = options
     const link = (role: string) => new Link(buses.control, `${role} ${id}`, epoch)
     const kernels = yield* Effect.acquireRelease(Effect.tryPromise({ try: () => Kernels.load(options.kernels), catch: asError }), (loaded) => Effect.promise(() => loaded.close()))
     const events = new KvEventLog()
     const storeWriter = new StoreWriter()
     const costs = new MeasuredCosts()
-    const { onPreempt, onReturn } = yield* parking({ link: link("prefill"), buses, cluster, worker: () => made, storeWriter })
+    const { onPreempt, onReturn } = yield* parking({ link: link("prefill"), buses, namespace, worker: () => made, storeWriter })
     const engine = yield* Effect.acquireRelease(
       Effect.sync(
         () =>
@@ -85,12 +85,12 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
       totals: { completed: 0, failed: 0, fallbacks: 0, bytes: 0, ms: 0 },
     }
     // Roles say where the scheduler places. A worker that only decodes still computes a prompt whose prefill has failed.
-    yield* prefillActor({ link: link("prefill"), buses, cluster, worker: made, nextEventId: () => events.nextEventId })
-    if (roles.includes("decode")) yield* decodeActor({ link: link("decode"), buses, cluster, worker: made })
-    yield* storeWriter.run({ link: link("store-writer"), buses, cluster, worker: made })
-    yield* events.run({ link: link("worker"), cluster, worker: id, epoch })
+    yield* prefillActor({ link: link("prefill"), buses, namespace, worker: made, nextEventId: () => events.nextEventId })
+    if (roles.includes("decode")) yield* decodeActor({ link: link("decode"), buses, namespace, worker: made })
+    yield* storeWriter.run({ link: link("store-writer"), buses, namespace, worker: made })
+    yield* events.run({ link: link("worker"), namespace, worker: id, epoch })
 
-    const scheduler = (verb: string) => subject(cluster, "scheduler", anyId, verb)
+    const scheduler = (verb: string) => subject(namespace, "scheduler", anyId, verb)
     const state = (): HeartbeatMessage => {
       const { sequences, waiting } = engine.load
       const load = { sequences, waiting, maxBatch, blocks: engine.blocks.total, freeBlocks: engine.blocks.available, blockTokens: engine.blockTokens }
@@ -99,7 +99,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
     const beat = Effect.ignore(Effect.suspend(() => link("worker").tell(Heartbeat, scheduler(Heartbeat.verb), state())))
     yield* Effect.addFinalizer(() => Effect.ignore(link("worker").tell(Leave, scheduler(Leave.verb), { worker: id, epoch })))
     // A scheduler that begins knows nobody, and would refuse or misplace what it is asked before the next beat.
-    const members = yield* Members.listen(buses.control, cluster)
+    const members = yield* Members.listen(buses.control, namespace)
     yield* Effect.acquireRelease(
       Effect.sync(() => members.onCome((kind) => void (kind === "scheduler" && Effect.runFork(beat)))),
       (stop) => Effect.sync(stop),
@@ -108,7 +108,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
     yield* Effect.forkScoped(Effect.forever(Effect.andThen(Effect.sleep(limits.heartbeatIntervalMs), beat)))
     yield* announce({
       link: link("worker"),
-      cluster,
+      namespace,
       kind: "worker",
       id,
       worker: () => {

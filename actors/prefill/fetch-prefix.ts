@@ -23,7 +23,7 @@ import { planPrefix, type PrefixOffer } from "./prefix-plan.ts"
 export interface FetchPrefixOptions {
   readonly link: Link
   readonly buses: Buses
-  readonly cluster: string
+  readonly namespace: string
   readonly worker: Pick<Worker, "engine" | "formatId" | "kv" | "costs">
   readonly missing: MissingKv
   /** Another worker that is thought to hold leading blocks. */
@@ -45,7 +45,7 @@ interface Offer extends PrefixOffer {
 }
 
 /** Returns the number of blocks fetched. */
-export const fetchPrefix = ({ link, buses, cluster, worker, missing, holder }: FetchPrefixOptions): Effect.Effect<number> =>
+export const fetchPrefix = ({ link, buses, namespace, worker, missing, holder }: FetchPrefixOptions): Effect.Effect<number> =>
   Effect.suspend(() => {
     const { engine, formatId, kv, costs } = worker
     const { from, hashes, tokens } = missing
@@ -60,7 +60,7 @@ export const fetchPrefix = ({ link, buses, cluster, worker, missing, holder }: F
         const firstBlock = from + first
         const sink = kvSink(kv, (...taken) => missing.importLayers(...taken))
         const receiver = yield* Effect.acquireRelease(
-          Effect.sync(() => new TransferReceiver({ ...buses, cluster, transferId, sink, firstBlock, blocks: hashes.length, creditBytes: limits.kvWindowBytes, hop })),
+          Effect.sync(() => new TransferReceiver({ ...buses, namespace, transferId, sink, firstBlock, blocks: hashes.length, creditBytes: limits.kvWindowBytes, hop })),
           (opened) => Effect.sync(() => opened.fail(new Fault({ code: "cancelled", message: `${link.sender}: the prefix is not wanted any more`, hop: link.sender }))),
         )
         const asked = { formatId, hashes: packHashes(hashes), layout: kv, transferId, firstBlock, creditBytes: limits.kvWindowBytes }
@@ -90,9 +90,9 @@ export const fetchPrefix = ({ link, buses, cluster, worker, missing, holder }: F
         )
       })
 
-    const stored = link.ask(Have, subject(cluster, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(hashes), toFetch: true }, { hop: "kv-store", deadlineMs: limits.storeDeadlineMs }).pipe(
+    const stored = link.ask(Have, subject(namespace, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(hashes), toFetch: true }, { hop: "kv-store", deadlineMs: limits.storeDeadlineMs }).pipe(
       Effect.map(({ present, at, onDisk }): ReadonlyArray<Offer> => {
-        const runs = runsOf(cluster, hashes.slice(0, leadingOf(present)), at)
+        const runs = runsOf(namespace, hashes.slice(0, leadingOf(present)), at)
         const blocks = runs.reduce((sum, run) => sum + run.hashes.length, 0)
         return [{ source: "store", onDisk: hashes.slice(0, blocks).map((_, i) => onDisk?.[i] === true), cost: costs.transfer("store"), runsOf: (count) => cutTo(runs, count) }]
       }),
@@ -101,7 +101,7 @@ export const fetchPrefix = ({ link, buses, cluster, worker, missing, holder }: F
     const held = hashes.slice(0, Math.max(0, (holder?.blocks ?? 0) - from))
     const ofHolder = (): ReadonlyArray<Offer> => {
       if (holder === undefined || held.length === 0) return []
-      const run = { to: subject(cluster, "prefill", holder.worker, Get.verb), hop: `prefill ${holder.worker}`, first: 0, hashes: held }
+      const run = { to: subject(namespace, "prefill", holder.worker, Get.verb), hop: `prefill ${holder.worker}`, first: 0, hashes: held }
       return [{ source: run.hop, onDisk: held.map(() => false), cost: costs.transfer(run.hop), runsOf: (count) => cutTo([run], count) }]
     }
 
@@ -120,15 +120,15 @@ export const fetchPrefix = ({ link, buses, cluster, worker, missing, holder }: F
       }
     }).pipe(
       Effect.tap((fetched) => Effect.annotateCurrentSpan(attributes.movedBlocks, fetched)),
-      Effect.withSpan(spans.kvStoreGet, { kind: "client", attributes: { ...messageAttributes(link, subject(cluster, "kv-store", anyId, Get.verb)), [attributes.wantedBlocks]: hashes.length } }),
+      Effect.withSpan(spans.kvStoreGet, { kind: "client", attributes: { ...messageAttributes(link, subject(namespace, "kv-store", anyId, Get.verb)), [attributes.wantedBlocks]: hashes.length } }),
     )
   })
 
 /** Blocks of one store that follow each other come in one transfer. */
-const runsOf = (cluster: string, hashes: ReadonlyArray<BlockHash>, at: ReadonlyArray<string> | undefined): ReadonlyArray<Run> => {
+const runsOf = (namespace: string, hashes: ReadonlyArray<BlockHash>, at: ReadonlyArray<string> | undefined): ReadonlyArray<Run> => {
   const runs: Array<Run & { readonly hashes: Array<BlockHash> }> = []
   hashes.forEach((hash, i) => {
-    const to = subject(cluster, "kv-store", at?.[i] ?? anyId, Get.verb)
+    const to = subject(namespace, "kv-store", at?.[i] ?? anyId, Get.verb)
     const last = runs.at(-1)
     if (last?.to === to) last.hashes.push(hash)
     else runs.push({ to, hop: "kv-store", first: i, hashes: [hash] })

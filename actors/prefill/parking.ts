@@ -30,13 +30,13 @@ export interface Parking {
   readonly onReturn: (missing: ReturningKv) => void
 }
 
-export interface ParkingOptions extends Pick<FetchPrefixOptions, "link" | "buses" | "cluster"> {
+export interface ParkingOptions extends Pick<FetchPrefixOptions, "link" | "buses" | "namespace"> {
   readonly worker: () => FetchPrefixOptions["worker"]
   readonly storeWriter: StoreWriter
 }
 
 /** What is being fetched when the Scope closes is given up. */
-export const parking = ({ link, buses, cluster, worker, storeWriter }: ParkingOptions): Effect.Effect<Parking, never, Scope.Scope> =>
+export const parking = ({ link, buses, namespace, worker, storeWriter }: ParkingOptions): Effect.Effect<Parking, never, Scope.Scope> =>
   Effect.map(FiberSet.makeRuntime<never>(), (run) => ({
     onPreempt: (hashes) => {
       const { kv, costs } = worker()
@@ -44,7 +44,7 @@ export const parking = ({ link, buses, cluster, worker, storeWriter }: ParkingOp
     },
     onReturn: (missing) => {
       const parent = spanOf(missing.trace)
-      const fetched = fetchPrefix({ link, buses, cluster, worker: worker(), missing })
+      const fetched = fetchPrefix({ link, buses, namespace, worker: worker(), missing })
       run(
         (parent === undefined ? fetched : Effect.withParentSpan(fetched, parent)).pipe(
           Effect.tap((blocks) => Effect.sync(() => void (worker().engine.counters.restoredTokens += blocks * worker().kv.blockTokens))),

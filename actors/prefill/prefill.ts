@@ -30,7 +30,7 @@ import { servePrefix } from "./serve-prefix.ts"
 export interface PrefillActorOptions {
   readonly link: Link
   readonly buses: Buses
-  readonly cluster: string
+  readonly namespace: string
   readonly worker: Worker
   /** Id of the next KV event of the worker. */
   readonly nextEventId: () => number
@@ -43,10 +43,10 @@ interface Counts {
 
 /** Runs the prefill role of `worker` until the Scope closes. */
 export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, never, Scope.Scope> => {
-  const { link, buses, cluster, worker } = options
+  const { link, buses, namespace, worker } = options
   const { engine, totals } = worker
 
-  const place = subject(cluster, "prefill", worker.id, Prefill.verb)
+  const place = subject(namespace, "prefill", worker.id, Prefill.verb)
   const spanAttributes = { ...messageAttributes(link, place), [attributes.worker]: worker.id }
 
   const prefill = (message: PrefillMessage, writer: StreamWriter): Effect.Effect<void, Fault> =>
@@ -70,7 +70,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
         totals.fallbacks++ // another worker was to compute it, and has failed
         receiving.stop()
       }
-      yield* fetchPrefix({ link, buses, cluster, worker, missing: engine.missingKv(transfer.id), holder })
+      yield* fetchPrefix({ link, buses, namespace, worker, missing: engine.missingKv(transfer.id), holder })
       yield* compute(transfer.id, writer, counts, {})
     })
 
@@ -89,7 +89,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
       if (transfer.formatId !== worker.formatId) return yield* Effect.fail(fault("invalid_request", `holds KV of format ${worker.formatId}, ${transfer.worker} wants ${transfer.formatId}`))
       const { id } = transfer
       yield* Effect.acquireRelease(reserve(id, sequence, trace), () => Effect.sync(() => engine.cancel(id)))
-      yield* fetchPrefix({ link, buses, cluster, worker, missing: engine.missingKv(id), holder })
+      yield* fetchPrefix({ link, buses, namespace, worker, missing: engine.missingKv(id), holder })
       yield* transferred(transfer, (sender) => {
         const { layers, blockTokens } = worker.kv
         const held = transfer.prefixTokens / blockTokens // by decode, which needs only what follows
@@ -146,7 +146,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
   const transferred = (transfer: Transfer, work: (sender: TransferSender) => Effect.Effect<void, Fault>): Effect.Effect<void, Fault> =>
     Effect.gen(function* () {
       const sender = yield* Effect.acquireRelease(
-        Effect.sync(() => new TransferSender({ ...buses, cluster, transferId: transfer.id, source: poolSource(worker, transfer.id), creditBytes: transfer.creditBytes, hop: `decode ${transfer.worker}` })),
+        Effect.sync(() => new TransferSender({ ...buses, namespace, transferId: transfer.id, source: poolSource(worker, transfer.id), creditBytes: transfer.creditBytes, hop: `decode ${transfer.worker}` })),
         (opened) => Effect.sync(() => opened.fail(fault("cancelled", "the prefill is over"))),
       )
       yield* work(sender)
@@ -208,6 +208,6 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
 
   const dump = () => Effect.sync(() => ({ nextEventId: options.nextEventId(), hashes: packHashes(engine.blocks.knownHashes()) }))
 
-  const here = (verb: string) => [{ subject: subject(cluster, "prefill", worker.id, verb) }]
-  return Effect.flatMap(servePrefix({ link, buses, cluster, worker }), (get) => actor(link, [onStream(Prefill, here(Prefill.verb), prefill), onAsk(Get, here(Get.verb), get), onAsk(KvDump, here(KvDump.verb), dump)]))
+  const here = (verb: string) => [{ subject: subject(namespace, "prefill", worker.id, verb) }]
+  return Effect.flatMap(servePrefix({ link, buses, namespace, worker }), (get) => actor(link, [onStream(Prefill, here(Prefill.verb), prefill), onAsk(Get, here(Get.verb), get), onAsk(KvDump, here(KvDump.verb), dump)]))
 }

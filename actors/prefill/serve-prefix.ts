@@ -19,7 +19,7 @@ import { TransferSender } from "../transfer/transfer-sender.ts"
 export interface ServePrefixOptions {
   readonly link: Link
   readonly buses: Buses
-  readonly cluster: string
+  readonly namespace: string
   readonly worker: Pick<Worker, "id" | "engine" | "formatId" | "kv">
 }
 
@@ -27,7 +27,7 @@ const same = (left: KvLayout, right: KvLayout): boolean =>
   left.dtype === right.dtype && left.blockTokens === right.blockTokens && left.layers === right.layers && left.layerBlockBytes === right.layerBlockBytes
 
 /** The handler of `Get` for the pool's own blocks; what it has begun to send is given up when the Scope closes. */
-export const servePrefix = ({ link, buses, cluster, worker }: ServePrefixOptions): Effect.Effect<(message: GetMessage) => Effect.Effect<{ readonly sent: boolean }>, never, Scope.Scope> =>
+export const servePrefix = ({ link, buses, namespace, worker }: ServePrefixOptions): Effect.Effect<(message: GetMessage) => Effect.Effect<{ readonly sent: boolean }>, never, Scope.Scope> =>
   Effect.gen(function* () {
     const open = new Set<TransferSender>()
     const fault = (code: "shutting_down" | "deadline_exceeded", message: string) => new Fault({ code, message: `${link.sender}: ${message}`, hop: link.sender })
@@ -43,7 +43,7 @@ export const servePrefix = ({ link, buses, cluster, worker }: ServePrefixOptions
       }
       const write = held.writeOf(wanted.map((_, place) => place))
       const source = { ...worker.kv, crc32c, write: (...[range, ...rest]: Parameters<typeof write>) => write({ ...range, firstBlock: range.firstBlock - firstBlock }, ...rest) }
-      const sender = new TransferSender({ ...buses, cluster, transferId, source, creditBytes, hop: "prefill" })
+      const sender = new TransferSender({ ...buses, namespace, transferId, source, creditBytes, hop: "prefill" })
       open.add(sender)
       // The other side may never say a word.
       const lapse = setTimeout(() => sender.fail(fault("deadline_exceeded", "the transfer was not used")), limits.storeTransferLeaseMs).unref()
@@ -58,7 +58,7 @@ export const servePrefix = ({ link, buses, cluster, worker }: ServePrefixOptions
       return wanted.length
     }
 
-    const span = { kind: "server" as const, attributes: { ...messageAttributes(link, subject(cluster, "prefill", worker.id, Get.verb)), [attributes.worker]: worker.id } }
+    const span = { kind: "server" as const, attributes: { ...messageAttributes(link, subject(namespace, "prefill", worker.id, Get.verb)), [attributes.worker]: worker.id } }
     return (message) =>
       Effect.sync(() => send(message)).pipe(
         Effect.tap((blocks) => Effect.annotateCurrentSpan(attributes.movedBlocks, blocks)),

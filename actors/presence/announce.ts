@@ -10,7 +10,7 @@ import { presenceSubject } from "../messages/subjects.ts"
 
 export interface AnnounceOptions {
   readonly link: Link
-  readonly cluster: string
+  readonly namespace: string
   readonly kind: PresenceMessage["kind"]
   readonly id: string
   readonly worker?: () => NonNullable<PresenceMessage["worker"]>
@@ -18,11 +18,11 @@ export interface AnnounceOptions {
 }
 
 /** Announces until the Scope closes. */
-export const announce = ({ link, cluster, kind, id, worker, store }: AnnounceOptions): Effect.Effect<void, never, Scope.Scope> =>
+export const announce = ({ link, namespace, kind, id, worker, store }: AnnounceOptions): Effect.Effect<void, never, Scope.Scope> =>
   Effect.gen(function* () {
     const say = (state: PresenceMessage["state"]) =>
       Effect.ignore(
-        Effect.suspend(() => link.tell(Presence, presenceSubject(cluster), { kind, id, node: hostname(), pid: process.pid, epoch: link.epoch, state, worker: worker?.(), store: store?.() })),
+        Effect.suspend(() => link.tell(Presence, presenceSubject(namespace), { kind, id, node: hostname(), pid: process.pid, epoch: link.epoch, state, worker: worker?.(), store: store?.() })),
       )
     yield* Effect.addFinalizer(() => say("leaving"))
     yield* say("serving")

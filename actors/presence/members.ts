@@ -24,11 +24,11 @@ export class Members {
   readonly #greeters = new Set<OnCome>()
 
   /** Listens until the Scope closes. */
-  static readonly listen = (bus: Bus, cluster: string): Effect.Effect<Members, never, Scope.Scope> =>
+  static readonly listen = (bus: Bus, namespace: string): Effect.Effect<Members, never, Scope.Scope> =>
     Effect.gen(function* () {
       const members = new Members()
       yield* Effect.acquireRelease(
-        Effect.sync(() => bus.subscribe(presenceSubject(cluster), ({ data }) => members.#hear(data))),
+        Effect.sync(() => bus.subscribe(presenceSubject(namespace), ({ data }) => members.#hear(data))),
         (subscription) => Effect.sync(() => subscription.unsubscribe()),
       )
       yield* Effect.acquireRelease(

@@ -23,7 +23,7 @@ import type { Prepared, ServedModel } from "./prepare.ts"
 
 export interface GenerateOptions {
   readonly link: Link
-  readonly cluster: string
+  readonly namespace: string
   readonly model: ServedModel
   readonly members: Members
 }
@@ -34,7 +34,7 @@ const scoresOfEvent = 128
 /** Serves one request into `writer`; fails with the Fault that the client gets. */
 export const generate = (options: GenerateOptions, message: GenerateMessage, request: Prepared, writer: StreamWriter): Effect.Effect<void, Fault> =>
   Effect.gen(function* () {
-    const { link, cluster, model, members } = options
+    const { link, namespace, model, members } = options
     const { outputs } = request
     const finished = () => outputs.every(({ finish }) => finish !== undefined)
     let exclude: ReadonlyArray<string> = []
@@ -57,7 +57,7 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
       // A stop string is seen here only; decode goes on with the other choices.
       if (event.finish === "" && output.finish !== undefined && !finished()) {
         const { worker, id: transferId } = transfer
-        Effect.runFork(Effect.ignore(link.tell(Finish, subject(cluster, "decode", worker, Finish.verb), { transferId, choice: event.choice })))
+        Effect.runFork(Effect.ignore(link.tell(Finish, subject(namespace, "decode", worker, Finish.verb), { transferId, choice: event.choice })))
       }
     }
 
@@ -67,7 +67,7 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
         const delivered = Math.max(0, ...outputs.map(({ tokens }) => tokens.length))
         const placement: Placement = yield* link.ask(
           Place,
-          subject(cluster, "scheduler", anyId, Place.verb),
+          subject(namespace, "scheduler", anyId, Place.verb),
           { ...key, tokens: request.prompt.length + delivered, hashes: packHashes(request.hashes), choices: message.choices, maxTokens: request.maxTokens, exclude },
           { hop: "scheduler", deadlineMs: limits.placementDeadlineMs },
         )
@@ -76,11 +76,11 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
           // Choices that have parted already have KV of their own each: decode computes these itself.
           const parted = message.choices > 1 && delivered > 0
           const prefillWorker = parted ? placement.decode : placement.prefill
-          const decode = yield* opened(link.open(Reserve, subject(cluster, "decode", placement.decode, Reserve.verb), { ...sequence, prefillWorker }, { hop: `decode ${placement.decode}` }))
+          const decode = yield* opened(link.open(Reserve, subject(namespace, "decode", placement.decode, Reserve.verb), { ...sequence, prefillWorker }, { hop: `decode ${placement.decode}` }))
           const transfer = yield* plain(() => reserved(decode))
           const prefillOn = (worker: string) =>
             Effect.gen(function* () {
-              const stream = yield* opened(link.open(Prefill, subject(cluster, "prefill", worker, Prefill.verb), { sequence, transfer, holder: placement.holder }, { hop: `prefill ${worker}` }))
+              const stream = yield* opened(link.open(Prefill, subject(namespace, "prefill", worker, Prefill.verb), { sequence, transfer, holder: placement.holder }, { hop: `prefill ${worker}` }))
               yield* plain(() => relayPrefill(stream, transfer, () => Deferred.doneUnsafe(begun, Effect.void)))
             }).pipe(whileServing(members, worker), Effect.scoped)
           const begun = yield* Deferred.make<void>()
@@ -91,12 +91,12 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
             Effect.catch((fault) => (fault.retryable && prefillWorker !== transfer.worker ? Effect.catch(prefillOn(transfer.worker), unlessOver) : Effect.fail(fault))),
           )
           const relayed = Deferred.await(begun).pipe(
-            Effect.andThen(link.tell(Prefilled, subject(cluster, "scheduler", anyId, Prefilled.verb), key)),
+            Effect.andThen(link.tell(Prefilled, subject(namespace, "scheduler", anyId, Prefilled.verb), key)),
             Effect.andThen(plain(() => relayTokens(decode, transfer))),
           )
           yield* Effect.raceFirst(Effect.andThen(prefilled, Effect.never), relayed)
         }).pipe(whileServing(members, placement.decode), Effect.scoped, Effect.tapError(() => Effect.sync(() => void (exclude = [...exclude, placement.decode]))))
-      }).pipe(Effect.onExit(() => Effect.ignore(link.tell(Release, subject(cluster, "scheduler", anyId, Release.verb), key))))
+      }).pipe(Effect.onExit(() => Effect.ignore(link.tell(Release, subject(namespace, "scheduler", anyId, Release.verb), key))))
 
     const reserved = async (stream: StreamReader): Promise<Transfer> => {
       const frame = await stream.next()
@@ -181,7 +181,7 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
     Effect.withSpan(spans.requestGenerate, {
       kind: "server",
       attributes: {
-        ...messageAttributes(options.link, subject(options.cluster, "request", anyId, Generate.verb)),
+        ...messageAttributes(options.link, subject(options.namespace, "request", anyId, Generate.verb)),
         [attributes.operationName]: message.prompt.kind === "chat" ? "chat" : "text_completion",
         [attributes.providerName]: providerName,
         [attributes.requestMaxTokens]: request.maxTokens,

@@ -16,7 +16,7 @@ import { prepare, type ServedModel } from "./prepare.ts"
 
 export interface RequestActorOptions {
   readonly link: Link
-  readonly cluster: string
+  readonly namespace: string
   readonly id: string
   readonly model: ServedModel
   /** Who serves, so that a request does not wait for a worker that is gone. */
@@ -30,11 +30,11 @@ interface Served {
 
 /** Runs a request actor until the Scope closes. */
 export const requestActor = (options: RequestActorOptions): Effect.Effect<void, never, Scope.Scope> => {
-  const { link, cluster, id, model } = options
+  const { link, namespace, id, model } = options
   const serving = new Map<string, Served>()
   const places = (verb: string) => [
-    { subject: subject(cluster, "request", id, verb) },
-    { subject: subject(cluster, "request", anyId, verb), queue: "request" },
+    { subject: subject(namespace, "request", id, verb) },
+    { subject: subject(namespace, "request", anyId, verb), queue: "request" },
   ]
   const fault = (code: "cancelled" | "invalid_request", message: string, param?: string) => new Fault({ code, message: `${link.sender}: ${message}`, hop: link.sender, param })
 

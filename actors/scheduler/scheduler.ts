@@ -17,7 +17,7 @@ import { policies, type PolicyName } from "./policy.ts"
 
 export interface SchedulerOptions {
   readonly link: Link
-  readonly cluster: string
+  readonly namespace: string
   readonly policy: PolicyName
   /** Most requests that wait for a place. */
   readonly queue: number
@@ -31,7 +31,7 @@ interface Waiting {
 /** Runs the scheduler until the Scope closes. */
 export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, never, Scope.Scope> =>
   Effect.gen(function* () {
-    const { link, cluster } = options
+    const { link, namespace } = options
     const state = new ClusterState({ silenceMs: limits.heartbeatSilenceMs, leaseMs: limits.placementLeaseMs })
     const dumping = new Set<string>()
     let waiting: ReadonlyArray<Waiting> = []
@@ -83,7 +83,7 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       }
     })
 
-    const spanAttributes = { ...messageAttributes(link, subject(cluster, "scheduler", anyId, Place.verb)), [attributes.policy]: options.policy }
+    const spanAttributes = { ...messageAttributes(link, subject(namespace, "scheduler", anyId, Place.verb)), [attributes.policy]: options.policy }
 
     const place = (request: PlaceMessage) =>
       Effect.gen(function* () {
@@ -118,7 +118,7 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       Effect.suspend(() => {
         if (dumping.has(worker)) return Effect.void
         dumping.add(worker)
-        return link.ask(KvDump, subject(cluster, "prefill", worker, KvDump.verb), {}, { hop: `prefill ${worker}` }).pipe(
+        return link.ask(KvDump, subject(namespace, "prefill", worker, KvDump.verb), {}, { hop: `prefill ${worker}` }).pipe(
           Effect.map(({ nextEventId, hashes }) => state.kvDump(worker, epoch, nextEventId, hashes)),
           Effect.ignore,
           Effect.ensuring(Effect.sync(() => dumping.delete(worker))),
@@ -126,7 +126,7 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       })
 
     const scope = yield* Effect.scope
-    const here = (verb: string) => [{ subject: subject(cluster, "scheduler", anyId, verb) }]
+    const here = (verb: string) => [{ subject: subject(namespace, "scheduler", anyId, verb) }]
     const sweep = Effect.gen(function* () {
       yield* Effect.sleep(limits.heartbeatIntervalMs)
       state.sweep(yield* Clock.currentTimeMillis)

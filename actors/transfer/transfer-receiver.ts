@@ -27,7 +27,7 @@ export interface ChunkSink {
 export interface ReceiverOptions {
   readonly control: Bus
   readonly bulk: Bus
-  readonly cluster: string
+  readonly namespace: string
   readonly transferId: string
   readonly sink: ChunkSink
   /** The blocks that are to come, as places in the receiver's table. */
@@ -81,11 +81,11 @@ export class TransferReceiver {
     this.done = this.#outcome.promise
     this.#missingCells = options.sink.layers * options.blocks
     this.#cells = new Uint8Array(this.#missingCells)
-    const { control, bulk, cluster, transferId } = options
+    const { control, bulk, namespace, transferId } = options
     const lost = () => this.fail(this.#fault("disconnected", "the connection was lost"))
     this.#subscriptions = [
-      bulk.subscribe(transferSubject(cluster, transferId, "chunk"), ({ data }) => this.#chunk(data)),
-      control.subscribe(transferSubject(cluster, transferId, "progress"), ({ data }) => this.#progress(data)),
+      bulk.subscribe(transferSubject(namespace, transferId, "chunk"), ({ data }) => this.#chunk(data)),
+      control.subscribe(transferSubject(namespace, transferId, "progress"), ({ data }) => this.#progress(data)),
       control.onDisconnect(lost),
       bulk.onDisconnect(lost),
     ]
@@ -229,11 +229,11 @@ export class TransferReceiver {
   }
 
   #tell(failure: string | undefined): void {
-    const { control, cluster, transferId } = this.#options
+    const { control, namespace, transferId } = this.#options
     this.#toldBytes = this.#bytes
     const status = { bytes: this.#bytes, missing: this.#complete ? [] : this.#missing(), complete: this.#complete, failure }
     try {
-      control.publish(transferSubject(cluster, transferId, "status"), KvStatus.encode(status), { headers: { [header.version]: protocolVersion } })
+      control.publish(transferSubject(namespace, transferId, "status"), KvStatus.encode(status), { headers: { [header.version]: protocolVersion } })
     } catch {
       // Disconnected: onDisconnect ends the transfer.
     }

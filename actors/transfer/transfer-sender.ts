@@ -29,7 +29,7 @@ export interface ChunkSource {
 export interface SenderOptions {
   readonly control: Bus
   readonly bulk: Bus
-  readonly cluster: string
+  readonly namespace: string
   readonly transferId: string
   readonly source: ChunkSource
   /** Bytes that the receiver lets be on their way. */
@@ -79,10 +79,10 @@ export class TransferSender {
   constructor(options: SenderOptions) {
     this.#options = options
     this.done = this.#outcome.promise
-    const { control, bulk, cluster, transferId } = options
+    const { control, bulk, namespace, transferId } = options
     const lost = () => this.fail(this.#fault("disconnected", "the connection was lost"))
     this.#subscriptions = [
-      control.subscribe(transferSubject(cluster, transferId, "status"), ({ data }) => this.#receive(data)),
+      control.subscribe(transferSubject(namespace, transferId, "status"), ({ data }) => this.#receive(data)),
       control.onDisconnect(lost),
       bulk.onDisconnect(lost),
     ]
@@ -164,13 +164,13 @@ export class TransferSender {
 
   /** False where it could not be published: now, or for good. */
   #write(sequence: number): boolean {
-    const { bulk, cluster, transferId, source, hop } = this.#options
+    const { bulk, namespace, transferId, source, hop } = this.#options
     const range = this.#chunks[sequence]!
     try {
       const chunk = takeChunkBuffer(this.#bytesOf(sequence))
       writeChunkHeader(chunk, { ...range, transferId, sequence, dtype: source.dtype, blockTokens: source.blockTokens, payloadBytes: chunk.byteLength - kvChunkHeaderBytes })
       sealChunk(chunk, source.write(range, chunk, kvChunkHeaderBytes, source.crc32c(headerForCrc(chunk), 0)))
-      bulk.publish(transferSubject(cluster, transferId, "chunk"), chunk)
+      bulk.publish(transferSubject(namespace, transferId, "chunk"), chunk)
       if (sequence === this.#sent) this.#onTheirWay.push({ end: this.#sentBytes + chunk.byteLength, chunk })
       return true
     } catch (error) {
@@ -230,11 +230,11 @@ export class TransferSender {
   }
 
   #tell(outcome: { readonly failure?: string; readonly closed?: boolean }): void {
-    const { control, cluster, transferId } = this.#options
+    const { control, namespace, transferId } = this.#options
     const final = this.#final && this.#sent === this.#chunks.length
     const progress = { chunks: this.#sent, final, first: final ? this.#first : [], closed: outcome.closed === true, failure: outcome.failure }
     try {
-      control.publish(transferSubject(cluster, transferId, "progress"), KvProgress.encode(progress), { headers: { [header.version]: protocolVersion } })
+      control.publish(transferSubject(namespace, transferId, "progress"), KvProgress.encode(progress), { headers: { [header.version]: protocolVersion } })
     } catch {
       // Disconnected: the watch and onDisconnect end the transfer.
     }

@@ -8,10 +8,10 @@ import { defineAsk } from "../../actors/runtime/codec.ts"
 import { Link } from "../../actors/runtime/link.ts"
 import { NatsBus } from "../../actors/runtime/nats-bus.ts"
 
-export const cluster = "bench"
+export const namespace = "bench"
 export const Ping = defineAsk("ping", Schema.Struct({ number: Schema.Int }), Schema.Struct({ number: Schema.Int }))
-export const pingSubject = subject(cluster, "request", "peer", Ping.verb)
-export const countedSubject = transferSubject(cluster, "messages", "chunk")
+export const pingSubject = subject(namespace, "request", "peer", Ping.verb)
+export const countedSubject = transferSubject(namespace, "messages", "chunk")
 
 export interface BusOrder {
   readonly nats: NatsAddress
@@ -25,12 +25,12 @@ export const serveBus = (bus: Bus): Effect.Effect<void, never, Scope.Scope> =>
     bus.subscribe(countedSubject, ({ data }) => {
       came++
       if (data[0] === 0) return
-      bus.publish(transferSubject(cluster, "messages", "progress"), new Uint8Array(Uint32Array.of(came).buffer))
+      bus.publish(transferSubject(namespace, "messages", "progress"), new Uint8Array(Uint32Array.of(came).buffer))
       came = 0
     })
   })
 
-export const connectBus = (nats: NatsAddress, id: string): Promise<NatsBus> => NatsBus.connect({ ...nats, name: `bench ${id}`, inboxPrefix: inboxPrefix(cluster, "gateway", id) })
+export const connectBus = (nats: NatsAddress, id: string): Promise<NatsBus> => NatsBus.connect({ ...nats, name: `bench ${id}`, inboxPrefix: inboxPrefix(namespace, "gateway", id) })
 
 /** For the program below: serves until the process ends. */
 export const serveOverNats = async ({ nats }: BusOrder): Promise<void> => {

@@ -10,7 +10,7 @@ import type { Bus } from "../../actors/runtime/bus.ts"
 import { Link } from "../../actors/runtime/link.ts"
 import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
 import { NatsBus } from "../../actors/runtime/nats-bus.ts"
-import { cluster, connectBus, countedSubject, Ping, pingSubject, serveBus, type BusOrder } from "./bus-peer.ts"
+import { namespace, connectBus, countedSubject, Ping, pingSubject, serveBus, type BusOrder } from "./bus-peer.ts"
 import { median, quantile, rounded, table } from "./figures.ts"
 import { peerProcess } from "./peer.ts"
 
@@ -42,7 +42,7 @@ const roundTrips = async (bus: Bus): Promise<Array<number>> => {
 const messagesPerS = async (bus: Bus): Promise<number> => {
   const message = new Uint8Array(messageBytes)
   const counted = new Promise<number>((resolve) => {
-    const subscription = bus.subscribe(transferSubject(cluster, "messages", "progress"), ({ data }) => {
+    const subscription = bus.subscribe(transferSubject(namespace, "messages", "progress"), ({ data }) => {
       subscription.unsubscribe()
       resolve(new DataView(data.buffer, data.byteOffset).getUint32(0, true))
     })

@@ -15,7 +15,7 @@ import { connectBuses } from "../../actors/runtime/nats-bus.ts"
 import { poolSink } from "../../actors/transfer/pool.ts"
 import { TransferReceiver } from "../../actors/transfer/transfer-receiver.ts"
 
-export const cluster = "bench"
+export const namespace = "bench"
 export const blockTokens = 16
 /** Blocks of a transfer: a prompt of 2,048 tokens. */
 export const transferBlocks = 128
@@ -55,7 +55,7 @@ export const openPool = async (path: string): Promise<Pool> => {
 
 export const poolId = reservation
 
-export const connectPool = (nats: NatsAddress, id: string) => connectBuses({ ...nats, name: `bench ${id}`, inboxPrefix: inboxPrefix(cluster, "worker", id) })
+export const connectPool = (nats: NatsAddress, id: string) => connectBuses({ ...nats, name: `bench ${id}`, inboxPrefix: inboxPrefix(namespace, "worker", id) })
 
 /** The server is asked how far it is this often, and this many answers may be due: enough to keep everybody busy. */
 const rawFlushBytes = 4 * 1024 * 1024
@@ -65,13 +65,13 @@ const rawFlushes = 4
 const publishRaw = async ({ control, bulk }: Awaited<ReturnType<typeof connectPool>>, { transferId, messages, messageBytes }: Extract<KvOrder, { readonly type: "publish" }>): Promise<number> => {
   const message = randomBytes(messageBytes)
   const done = new Promise<void>((resolve) => {
-    const subscription = control.subscribe(transferSubject(cluster, transferId, "status"), () => {
+    const subscription = control.subscribe(transferSubject(namespace, transferId, "status"), () => {
       subscription.unsubscribe()
       resolve()
     })
   })
   await control.flush()
-  const subject = transferSubject(cluster, transferId, "chunk")
+  const subject = transferSubject(namespace, transferId, "chunk")
   const startedAtMs = performance.now()
   const flushes: Array<Promise<void>> = []
   for (let sent = 1, asked = 0; sent <= messages; sent++) {
@@ -100,15 +100,15 @@ export const servingPeer = () => {
     const { transferId } = order
     if (order.type === "receive") {
       if (pool === undefined) throw new Error("this process has no pool")
-      const receiver = new TransferReceiver({ ...buses, cluster, transferId, sink: poolSink(pool, reservation), firstBlock: 0, blocks: transferBlocks, creditBytes: limits.kvWindowBytes, hop: "bench" })
+      const receiver = new TransferReceiver({ ...buses, namespace, transferId, sink: poolSink(pool, reservation), firstBlock: 0, blocks: transferBlocks, creditBytes: limits.kvWindowBytes, hop: "bench" })
       receiver.done.catch(() => {}) // the sender hears it
     } else {
       let left = order.bytes
-      const counting = buses.bulk.subscribe(transferSubject(cluster, transferId, "chunk"), ({ data }) => {
+      const counting = buses.bulk.subscribe(transferSubject(namespace, transferId, "chunk"), ({ data }) => {
         left -= data.byteLength
         if (left > 0) return
         counting.unsubscribe()
-        buses.control.publish(transferSubject(cluster, transferId, "status"), new Uint8Array(0))
+        buses.control.publish(transferSubject(namespace, transferId, "status"), new Uint8Array(0))
       })
     }
     await ready()

@@ -9,7 +9,7 @@ import { kvChunkHeaderBytes } from "../../actors/messages/kv-chunk.ts"
 import { poolSource } from "../../actors/transfer/pool.ts"
 import { TransferSender } from "../../actors/transfer/transfer-sender.ts"
 import { median, rounded } from "./figures.ts"
-import { chunkBlocks, cluster, connectPool, openPool, poolId, transferBlocks, type KvOrder, type Pool } from "./kv-peer.ts"
+import { chunkBlocks, namespace, connectPool, openPool, poolId, transferBlocks, type KvOrder, type Pool } from "./kv-peer.ts"
 import { peerProcess, type Peer } from "./peer.ts"
 
 const rounds = 30
@@ -27,7 +27,7 @@ const transfer = async (pool: Pool, buses: Buses, receiver: Process): Promise<nu
   const transferId = randomBytes(16).toString("hex")
   await receiver.ask({ type: "receive", transferId })
   const startedAtMs = performance.now()
-  const sender = new TransferSender({ ...buses, cluster, transferId, source: poolSource(pool, poolId), creditBytes: limits.kvWindowBytes, hop: "bench" })
+  const sender = new TransferSender({ ...buses, namespace, transferId, source: poolSource(pool, poolId), creditBytes: limits.kvWindowBytes, hop: "bench" })
   for (let firstBlock = 0; firstBlock < transferBlocks; firstBlock += chunkBlocks) {
     for (let firstLayer = 0; firstLayer < pool.kv.layers; firstLayer++) sender.send({ firstLayer, layers: 1, firstBlock, blocks: chunkBlocks })
   }

@@ -44,7 +44,7 @@ const start = async (options: Partial<KvStoreOptions> & { readonly diskBlocks?: 
   const buses = { control: bus, bulk: bus }
   const scope = testScope()
   const disk = { folder, bytes: slotBytes * (options.diskBlocks ?? 1000) }
-  const store = await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), buses, cluster: "test", id: "k0", memoryBytes: 20 * blockBytes, disk, ...options }))
+  const store = await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), buses, namespace: "test", id: "k0", memoryBytes: 20 * blockBytes, disk, ...options }))
   let stopped = false
   const stop = async () => {
     if (stopped) return

@@ -36,7 +36,7 @@ describe("three KV stores", () => {
     for (const id of ["k0", "k1", "k2"]) {
       const scope = testScope()
       scopes.set(id, scope)
-      stores.set(id, await scope.start(kvStoreActor({ link: new Link(bus, `kv-store ${id}`, 1), buses, cluster: "test", id, memoryBytes: 1_000_000, members: { all: members } })))
+      stores.set(id, await scope.start(kvStoreActor({ link: new Link(bus, `kv-store ${id}`, 1), buses, namespace: "test", id, memoryBytes: 1_000_000, members: { all: members } })))
       members.push({ kind: "kv-store", id, node: "here", pid: 1, epoch: 1, state: "serving" })
     }
   })
@@ -106,7 +106,7 @@ describe("three KV stores", () => {
     const donor = engineOf("worker donor")
     const { tokens } = await new Generation(donor, spec).run()
     const scope = testScope()
-    await scope.start(writer.run({ link, buses: ends, cluster: "test", worker: { engine: donor, formatId: "fake", kv } }))
+    await scope.start(writer.run({ link, buses: ends, namespace: "test", worker: { engine: donor, formatId: "fake", kv } }))
     for (const [depth, hash] of hashes.entries()) {
       writer.stored(hash, undefined, depth) // one at a time, so that they spread
       while ((await ask(anyId)).present[depth] !== true);
@@ -116,7 +116,7 @@ describe("three KV stores", () => {
     const engine = engineOf(`worker ${randomUUID()}`)
     const generation = new Generation(engine, spec)
     await generation.reserved
-    expect(await Effect.runPromise(fetchPrefix({ link, buses: ends, cluster: "test", worker: { engine, formatId: "fake", kv, costs: new MeasuredCosts() }, missing: engine.missingKv("a") }))).toBe(7)
+    expect(await Effect.runPromise(fetchPrefix({ link, buses: ends, namespace: "test", worker: { engine, formatId: "fake", kv, costs: new MeasuredCosts() }, missing: engine.missingKv("a") }))).toBe(7)
     await generation.run()
     expect(generation.tokens).toEqual(tokens)
     engine.checkInvariants()

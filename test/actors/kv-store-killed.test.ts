@@ -49,7 +49,7 @@ const served = async (order: StoreOrder, numbers: ReadonlyArray<number>): Promis
   const bus = new MemoryBus()
   const buses = { control: bus, bulk: bus }
   const scope = testScope()
-  const store = await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), buses, cluster: "test", id: "k0", memoryBytes: order.memoryBytes, disk: { folder: order.folder, bytes: order.diskBytes } }))
+  const store = await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), buses, namespace: "test", id: "k0", memoryBytes: order.memoryBytes, disk: { folder: order.folder, bytes: order.diskBytes } }))
   expect(store.figures().disk).toBeDefined()
   const client = new StoreClient(buses, blockBytes)
   const here = (await client.have(numbers)).flatMap((is, i) => (is ? [numbers[i]!] : []))

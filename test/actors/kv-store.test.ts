@@ -48,7 +48,7 @@ describe("a KV store", () => {
     bus = new MemoryBus()
     scope = testScope()
     link = new Link(bus, "test", 1)
-    await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), buses: { control: bus, bulk: bus }, cluster: "test", id: "k0", memoryBytes: 1000 }))
+    await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), buses: { control: bus, bulk: bus }, namespace: "test", id: "k0", memoryBytes: 1000 }))
   })
   afterEach(async () => {
     await scope.close()
@@ -58,7 +58,7 @@ describe("a KV store", () => {
   const to = (verb: string) => subject("test", "kv-store", anyId, verb)
   const hop = { hop: "kv-store" }
   const layoutOf = (size: number): KvLayout => ({ dtype: "f16", blockTokens: 4, layers: 1, layerBlockBytes: size })
-  const ends = { get control() { return bus }, get bulk() { return bus }, cluster: "test", creditBytes: 1 << 20, hop: "kv-store" }
+  const ends = { get control() { return bus }, get bulk() { return bus }, namespace: "test", creditBytes: 1 << 20, hop: "kv-store" }
   const ask = <A, R>(type: MessageType<A, R, "ask">, message: A) => Effect.runPromise(link.ask(type, to(type.verb), message, hop))
   const have = async (numbers: ReadonlyArray<number>, formatId = "f") => (await ask(Have, { formatId, hashes: packHashes(numbers.map(hash)) })).present
   /** Puts blocks of one size, `only` so many of those that are wanted. */
@@ -188,15 +188,15 @@ describe("a KV store", () => {
     const computed = async () => {
       const writer = new StoreWriter()
       const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker donor", maxBatch: 4, events: { stored: (stored) => writer.stored(stored), removed: () => {} } })
-      await scope.start(writer.run({ link, buses: ends, cluster: "test", worker: { engine, formatId, kv } }))
+      await scope.start(writer.run({ link, buses: ends, namespace: "test", worker: { engine, formatId, kv } }))
       const { tokens } = await new Generation(engine, spec).run()
       return { engine, tokens }
     }
-    const fetchInto = async (more: { readonly formatId?: string; readonly cluster?: string } = {}) => {
+    const fetchInto = async (more: { readonly formatId?: string; readonly namespace?: string } = {}) => {
       const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
       const generation = new Generation(engine, spec)
       await generation.reserved
-      const fetched = await Effect.runPromise(fetchPrefix({ link, buses: ends, cluster: more.cluster ?? "test", worker: { engine, formatId: more.formatId ?? formatId, kv, costs: new MeasuredCosts() }, missing: engine.missingKv("a") }))
+      const fetched = await Effect.runPromise(fetchPrefix({ link, buses: ends, namespace: more.namespace ?? "test", worker: { engine, formatId: more.formatId ?? formatId, kv, costs: new MeasuredCosts() }, missing: engine.missingKv("a") }))
       await generation.run()
       engine.checkInvariants()
       return { fetched, generation, engine }
@@ -215,7 +215,7 @@ describe("a KV store", () => {
     it("is missed, and nothing worse, where it is not there or has another format", async () => {
       const { tokens } = await computed()
       while (!(await isStored()));
-      for (const more of [{ cluster: "another" }, { formatId: "another" }]) {
+      for (const more of [{ namespace: "another" }, { formatId: "another" }]) {
         const { fetched, generation } = await fetchInto(more)
         expect([fetched, generation.cachedTokens]).toEqual([0, 0])
         expect(generation.tokens).toEqual(tokens)
@@ -229,7 +229,7 @@ describe("a KV store", () => {
       const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
       const generation = new Generation(engine, spec)
       await generation.reserved
-      const fetching = Effect.runPromise(fetchPrefix({ link, buses: ends, cluster: "test", worker: { engine, formatId, kv, costs: new MeasuredCosts() }, missing: engine.missingKv("a") }))
+      const fetching = Effect.runPromise(fetchPrefix({ link, buses: ends, namespace: "test", worker: { engine, formatId, kv, costs: new MeasuredCosts() }, missing: engine.missingKv("a") }))
       engine.cancel("a")
       expect(await fetching).toBe(0)
       engine.checkInvariants()
@@ -250,7 +250,7 @@ describe("a conversation whose blocks have left the pool", () => {
     const hashes = chainHashes(root, Int32Array.from(first.promptTokens), worker.engine.blockTokens)
     expect(hashes.length).toBeGreaterThan(2)
     expect(worker.engine.blocks.countPrefix(hashes)).toBe(hashes.length)
-    const ask = cluster.link.ask(Have, subject("main", "kv-store", anyId, Have.verb), { formatId: worker.formatId, hashes: packHashes(hashes) }, { hop: "kv-store" })
+    const ask = cluster.link.ask(Have, subject(cluster.node.namespace, "kv-store", anyId, Have.verb), { formatId: worker.formatId, hashes: packHashes(hashes) }, { hop: "kv-store" })
     // Each store in its turn: one that has just started hears of the others within a beat.
     for (let know = 0; isKept && know < replicas; ) know = (await Effect.runPromise(ask)).present.every((here) => here) ? know + 1 : 0
     for (let i = 0; worker.engine.blocks.countPrefix(hashes) > 0; i++) await cluster.generate({ prompt: upTo(150).map((token) => 3 + ((token * 7 + i) % 250)), maxTokens: 1 })
@@ -299,7 +299,7 @@ describe("a conversation that goes on after a restart", () => {
     const first = await cluster.generate({ prompt, ...asked })
     const root = hashRoot({ modelDigest: "0".repeat(64), tenant: asked.tenant ?? "tests", cacheSalt: asked.cacheSalt })
     const hashes = chainHashes(root, Int32Array.from(first.promptTokens), worker.engine.blockTokens)
-    const ask = cluster.link.ask(Have, subject("main", "kv-store", anyId, Have.verb), { formatId: worker.formatId, hashes: packHashes(hashes) }, { hop: "kv-store" })
+    const ask = cluster.link.ask(Have, subject(cluster.node.namespace, "kv-store", anyId, Have.verb), { formatId: worker.formatId, hashes: packHashes(hashes) }, { hop: "kv-store" })
     while (!(await Effect.runPromise(ask)).present.every((here) => here));
     await cluster.untilIdle()
     await cluster.stop()
@@ -361,7 +361,7 @@ it("a worker of both roles does not start where its blocks would not fit the bus
   const start = (name: "memory" | "nats") => {
     const bus = Object.assign(new MemoryBus({ maxPayloadBytes: 1000 }), { name })
     const serving = Effect.die("it serves")
-    return Effect.runPromise(Effect.scoped(Effect.exit(runComponent({ kind: "worker", id: topology.workers[0]!.name }, 1, { topology, model, env: readEnv({}), buses: { control: bus, bulk: bus } }, serving)))).finally(() => bus.close())
+    return Effect.runPromise(Effect.scoped(Effect.exit(runComponent({ kind: "worker", id: topology.workers[0]!.name }, 1, { topology, model, namespace: "test", env: readEnv({}), buses: { control: bus, bulk: bus } }, serving)))).finally(() => bus.close())
   }
   expect(String(await start("nats"))).toMatch(/bus nats: its messages hold 1000 bytes.*lower kv\.blockTokens/)
   expect(String(await start("memory"))).toContain("it serves")
@@ -375,7 +375,7 @@ it("a store that refuses what is computed is told of once, and once more when it
   const link = new Link(bus, "store-writer w0", 1)
   const writer = new StoreWriter()
   const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
-  await scope.start(writer.run({ link, buses: { control: bus, bulk: bus }, cluster: "test", worker: { engine, formatId: "f", kv } }))
+  await scope.start(writer.run({ link, buses: { control: bus, bulk: bus }, namespace: "test", worker: { engine, formatId: "f", kv } }))
   let asked = 0
   const storeOne = async () => {
     const before = asked
@@ -408,7 +408,7 @@ it("a store that does not answer costs a deadline and not the answer", async () 
   const engine = new Engine(new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 }), { name: "worker w0", maxBatch: 4 })
   const generation = new Generation(engine, specOf("a", upTo(20), { maxTokens: 2 }))
   await generation.reserved
-  const fetching = Effect.runPromise(fetchPrefix({ link, buses: { control: bus, bulk: bus }, cluster: "test", worker: { engine, formatId: "f", kv, costs: new MeasuredCosts() }, missing: engine.missingKv("a") }))
+  const fetching = Effect.runPromise(fetchPrefix({ link, buses: { control: bus, bulk: bus }, namespace: "test", worker: { engine, formatId: "f", kv, costs: new MeasuredCosts() }, missing: engine.missingKv("a") }))
   await silent
   expect(await fetching).toBe(0)
   await generation.run()

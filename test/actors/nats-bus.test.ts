@@ -11,7 +11,7 @@ import { bufferSink, bufferSource } from "../../actors/kv-store/block-buffers.ts
 import { kvStoreActor } from "../../actors/kv-store/kv-store.ts"
 import { packHashes } from "../../actors/messages/hashes.ts"
 import { Get, Put } from "../../actors/messages/kv-store.ts"
-import { inboxPrefix, permissions, processKinds, subject, type ProcessKind } from "../../actors/messages/subjects.ts"
+import { everyGeneration, inboxPrefix, namespaceOf, permissions, processKinds, subject, type ProcessKind } from "../../actors/messages/subjects.ts"
 import { header, type Bus } from "../../actors/runtime/bus.ts"
 import { defineAsk } from "../../actors/runtime/codec.ts"
 import { Fault } from "../../actors/runtime/fault.ts"
@@ -332,6 +332,9 @@ describe("a connection that cannot be made is one sentence that says what to do"
 })
 
 describe("permissions by role", () => {
+  const generation = "0a"
+  const namespace = namespaceOf("test", generation)
+
   /** A server with one user for each kind of process, known by a key. */
   const startWithRoles = async () => {
     const keys = new Map(processKinds.map((kind) => [kind, nkeys.createUser()]))
@@ -342,10 +345,10 @@ describe("permissions by role", () => {
     })
     const server = await startConfiguredNats([`authorization: { users: [${users.join(", ")}] }`])
     cleanUps.push(() => server.stop())
-    return (kind: ProcessKind, prefixOf: ProcessKind = kind) => {
+    return (kind: ProcessKind, prefixOf: ProcessKind = kind, at = generation) => {
       const nkey = join(folder, `${kind}.nk`)
       writeFileSync(nkey, keys.get(kind)!.getSeed(), { mode: 0o600 })
-      return connect({ url: server.url, nkey, inboxPrefix: inboxPrefix("test", prefixOf, "x0") })
+      return connect({ url: server.url, nkey, inboxPrefix: inboxPrefix(namespaceOf("test", at), prefixOf, "x0") })
     }
   }
 
@@ -354,7 +357,7 @@ describe("permissions by role", () => {
     cleanUps.push(() => complaint.mockRestore())
     const as = await startWithRoles()
     const [gateway, request, store] = [await as("gateway"), await as("request"), await as("kv-store")]
-    const generate = subject("test", "request", "any", "generate")
+    const generate = subject(namespace, "request", "any", "generate")
     request.subscribe(generate, (delivery) => new StreamWriter(request, delivery, "request r0").write(Uint8Array.of(7)), { queue: "request" })
     await request.flush()
     const reader = openStream(gateway, generate, new Uint8Array(0), { hop: "request r0" })
@@ -372,10 +375,22 @@ describe("permissions by role", () => {
     expect(spied.deliveries).toEqual([])
     await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringContaining(`may not subscribe to ${inbox}`)))
 
-    expect(await refusalOf(as("kv-store", "gateway"))).toContain("let its user subscribe to ps.test.inbox.gateway.x0.>")
+    expect(await refusalOf(as("kv-store", "gateway"))).toContain("let its user subscribe to ps.test.0a.inbox.gateway.x0.>")
     // Nor may it ask for what its role does not ask for.
-    gateway.publish(subject("test", "scheduler", "any", "place"), new Uint8Array(0))
-    await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringContaining("may not publish to ps.test.scheduler.any.place")))
+    gateway.publish(subject(namespace, "scheduler", "any", "place"), new Uint8Array(0))
+    await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringContaining("may not publish to ps.test.0a.scheduler.any.place")))
+  })
+
+  test("a gateway asks the actors of two generations, and each answers it", async () => {
+    const as = await startWithRoles()
+    const gateway = await as("gateway", "gateway", everyGeneration)
+    for (const at of ["0a", "0b"]) {
+      const request = await as("request", "request", at)
+      request.subscribe(subject(namespaceOf("test", at), "request", "any", "tokenize"), ({ reply }) => new Link(request, `request ${at}`, 1).reply(Double, reply!, { value: Number.parseInt(at, 16) }), { queue: "request" })
+      await request.flush()
+    }
+    const ask = (at: string) => Effect.runPromise(new Link(gateway, "gateway", 1).ask(Double, subject(namespaceOf("test", at), "request", "any", "tokenize"), { value: 0 }, { hop: "request" }))
+    expect(await Promise.all([ask("0a"), ask("0b")])).toEqual([{ value: 10 }, { value: 11 }])
   })
 
   test("a worker puts a block into the store and gets it back", async () => {
@@ -383,13 +398,13 @@ describe("permissions by role", () => {
     const [store, storeBulk, worker, workerBulk] = [await as("kv-store"), await as("kv-store"), await as("worker"), await as("worker")]
     const scope = testScope()
     cleanUps.push(() => scope.close())
-    await scope.start(kvStoreActor({ link: new Link(store, "kv-store k0", 1), buses: { control: store, bulk: storeBulk }, cluster: "test", id: "k0", memoryBytes: 10_000 }))
+    await scope.start(kvStoreActor({ link: new Link(store, "kv-store k0", 1), buses: { control: store, bulk: storeBulk }, namespace, id: "k0", memoryBytes: 10_000 }))
     await store.flush()
     const link = new Link(worker, "worker w0", 1)
-    const to = (verb: string) => subject("test", "kv-store", "any", verb)
+    const to = (verb: string) => subject(namespace, "kv-store", "any", verb)
     const layout = { dtype: "f16", blockTokens: 4, layers: 1, layerBlockBytes: 1000 } as const
     const named = { formatId: "f", hashes: packHashes(["h".repeat(16)]), layout }
-    const ends = { control: worker, bulk: workerBulk, cluster: "test", creditBytes: limits.kvWindowBytes, hop: "kv-store" }
+    const ends = { control: worker, bulk: workerBulk, namespace, creditBytes: limits.kvWindowBytes, hop: "kv-store" }
     const block = randomBytes(1000)
 
     const { wanted, transferId } = await Effect.runPromise(link.ask(Put, to(Put.verb), named, { hop: "kv-store" }))
@@ -411,9 +426,9 @@ describe("permissions by role", () => {
 
   test("a process by its own name gets its own subjects only", () => {
     const { subscribe } = permissions("main", "kv-store", "k0")
-    expect(subscribe).toContain("ps.main.kv-store.k0.*")
-    expect(subscribe).toContain("ps.main.kv-store.any.*")
-    expect(subscribe).toContain("ps.main.inbox.kv-store.k0.>")
-    expect(subscribe.filter((allowed) => !/^ps\.main\.((kv-store\.(k0|any)|inbox\.kv-store\.k0|kv\.\*)\.|presence$)/.test(allowed))).toEqual([])
+    expect(subscribe).toContain("ps.main.*.kv-store.k0.*")
+    expect(subscribe).toContain("ps.main.*.kv-store.any.*")
+    expect(subscribe).toContain("ps.main.*.inbox.kv-store.k0.>")
+    expect(subscribe.filter((allowed) => !/^ps\.main\.\*\.((kv-store\.(k0|any)|inbox\.kv-store\.k0|kv\.\*)\.|presence$)/.test(allowed))).toEqual([])
   })
 })

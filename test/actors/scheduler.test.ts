@@ -227,7 +227,7 @@ describe("the scheduler", () => {
   /** Runs a test beside a scheduler on a virtual clock. */
   const beside = (test: Effect.Effect<void, unknown>, options: { readonly policy?: PolicyName; readonly queue?: number } = {}): Promise<void> =>
     Effect.runPromise(
-      Effect.scoped(Effect.andThen(schedulerActor({ link: new Link(bus, "scheduler s0", 5), cluster: "test", policy: "least-loaded", queue: 2, ...options }), test)).pipe(Effect.provide(TestClock.layer())),
+      Effect.scoped(Effect.andThen(schedulerActor({ link: new Link(bus, "scheduler s0", 5), namespace: "test", policy: "least-loaded", queue: 2, ...options }), test)).pipe(Effect.provide(TestClock.layer())),
     )
 
   it("answers with the worker, what it waits for there, and its own epoch", () =>

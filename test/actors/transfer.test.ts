@@ -93,7 +93,7 @@ const open = (options: Opened = {}): Ends => {
   const memory = new MemoryBus({ maxPayloadBytes: options.maxPayloadBytes ?? kvChunkHeaderBytes + 4 * sizes.layerBlockBytes + 200 })
   const bus = new FaultyBus(memory, { seed: options.seed, faultsOf: (subject) => options.faults?.[verbOf(subject)] ?? {} })
   const { source, sink, whole } = pools(sizes)
-  const common = { control: bus, bulk: bus, cluster: "test", transferId, creditBytes: options.creditBytes ?? limits.kvWindowBytes }
+  const common = { control: bus, bulk: bus, namespace: "test", transferId, creditBytes: options.creditBytes ?? limits.kvWindowBytes }
   const receiver = new TransferReceiver({ ...common, sink, firstBlock: sizes.firstBlock, blocks: sizes.blocks, hop: "prefill p0" })
   const sender = new TransferSender({ ...common, source, hop: "decode d0" })
   const outcomes: Ends["outcomes"] = {}
@@ -299,7 +299,7 @@ describe("a KV transfer", () => {
     const ends = open()
     ends.sender.fail(new Fault({ code: "cancelled", message: "not this one", hop: "test" }))
     const { sink } = pools(shape)
-    const receiver = new TransferReceiver({ control: ends.bus, bulk: ends.bus, cluster: "test", transferId: "f".repeat(32), sink, firstBlock: 0, blocks: 1, creditBytes: 1, hop: "prefill p0" })
+    const receiver = new TransferReceiver({ control: ends.bus, bulk: ends.bus, namespace: "test", transferId: "f".repeat(32), sink, firstBlock: 0, blocks: 1, creditBytes: 1, hop: "prefill p0" })
     let over = false
     void receiver.done.then(() => (over = true), () => (over = true))
     await vi.advanceTimersByTimeAsync(limits.requestDeadlineMs)
@@ -356,7 +356,7 @@ describe("a KV transfer", () => {
       const gone = (): never => {
         throw new Fault({ code: "unavailable", message: `the ${end} is gone`, hop: end === "sink" ? "decode d0" : "prefill p0" })
       }
-      const common = { control: bus, bulk: bus, cluster: "test", transferId, creditBytes: 1e6 }
+      const common = { control: bus, bulk: bus, namespace: "test", transferId, creditBytes: 1e6 }
       const receiver = new TransferReceiver({ ...common, sink: end === "sink" ? { ...sink, take: gone } : sink, firstBlock: 2, blocks: 5, hop: "prefill p0" })
       const sender = new TransferSender({ ...common, source: end === "source" ? { ...source, write: gone } : source, hop: "decode d0" })
       const ends: Ends = { bus, memory, sender, receiver, whole, outcomes: {} }

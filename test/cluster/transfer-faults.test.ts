@@ -164,7 +164,7 @@ describe("two workers with KV between them", () => {
     const stream = await started.cluster.open(asked, 2) // and nothing is read, so that decode waits
     while (totals.failed === failedBefore) await new Promise((resolve) => setTimeout(resolve, 100))
     // What decode answers to whoever missed the first token.
-    const again = openStream(started.bus, subject("main", "prefill", "d0", Prefill.verb), ordered, { headers: { [header.version]: protocolVersion }, hop: "prefill d0" })
+    const again = openStream(started.bus, subject(started.namespace, "prefill", "d0", Prefill.verb), ordered, { headers: { [header.version]: protocolVersion }, hop: "prefill d0" })
     const frames = []
     for await (const frame of again) frames.push(decodePrefillFrame(frame))
     expect(frames.map(({ type }) => type)).toEqual(["token", "done"])

@@ -73,7 +73,7 @@ describe("a fault of the request actor", () => {
   })
 
   it("nobody serving requests is a 503", async () => {
-    const alone = await startGateway({ cluster: "empty" })
+    const alone = await startGateway({ namespace: "empty" })
     const response = await alone.post("/v1/chat/completions", chat)
     expect(response.status).toBe(503)
     expect(await response.json()).toMatchObject({ error: { code: "unavailable" } })

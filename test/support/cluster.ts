@@ -44,7 +44,7 @@ export const messageOf = ({ prompt, sampling, delivered, ...more }: Asked): Gene
 })
 
 /** What a test needs of a topology that runs in this process. */
-export type ClusterNode = Pick<StartedNode, "bus" | "workers" | "stop">
+export type ClusterNode = Pick<StartedNode, "bus" | "namespace" | "workers" | "stop">
 
 export class Cluster {
   readonly node: ClusterNode
@@ -76,7 +76,7 @@ export class Cluster {
   }
 
   open(asked: Asked, windowFrames?: number): Promise<StreamReader> {
-    const to = subject("main", "request", anyId, Generate.verb)
+    const to = subject(this.node.namespace, "request", anyId, Generate.verb)
     return Effect.runPromise(this.link.open(Generate, to, messageOf(asked), { hop: "request", windowFrames }))
   }
 

@@ -83,11 +83,11 @@ export class FakeRequestActor {
   refusal: Fault | undefined
   readonly #bus: Bus
 
-  constructor(bus: Bus, cluster: string) {
+  constructor(bus: Bus, namespace: string) {
     this.#bus = bus
-    bus.subscribe(subject(cluster, "request", anyId, Generate.verb), (delivery) => this.#generate(delivery), { queue: "request" })
-    this.#answer(cluster, Tokenize, ({ content }) => ({ tokens: packTokens([...new TextEncoder().encode(content)]) }))
-    this.#answer(cluster, Detokenize, ({ tokens }) => ({ content: String.fromCodePoint(...tokens) }))
+    bus.subscribe(subject(namespace, "request", anyId, Generate.verb), (delivery) => this.#generate(delivery), { queue: "request" })
+    this.#answer(namespace, Tokenize, ({ content }) => ({ tokens: packTokens([...new TextEncoder().encode(content)]) }))
+    this.#answer(namespace, Detokenize, ({ tokens }) => ({ content: String.fromCodePoint(...tokens) }))
   }
 
   get last(): FakeGeneration {
@@ -109,7 +109,7 @@ export class FakeRequestActor {
     this.script(generation)
   }
 
-  #answer<A, R>(cluster: string, type: MessageType<A, R, "ask">, reply: (message: A) => R): void {
-    this.#bus.subscribe(subject(cluster, "request", anyId, type.verb), ({ data, reply: to }) => this.#bus.publish(to!, type.encodeReply(reply(type.decode(data)))))
+  #answer<A, R>(namespace: string, type: MessageType<A, R, "ask">, reply: (message: A) => R): void {
+    this.#bus.subscribe(subject(namespace, "request", anyId, type.verb), ({ data, reply: to }) => this.#bus.publish(to!, type.encodeReply(reply(type.decode(data)))))
   }
 }

@@ -23,7 +23,7 @@ export const startGateway = async (options: Partial<GatewayOptions> = {}, apiKey
   const actor = new FakeRequestActor(bus, "test")
   const scope = Effect.runSync(Scope.make())
   const started = await Effect.runPromise(
-    Scope.provide(gateway({ bus, cluster: "test", host: "127.0.0.1", port: 0, model: servedModel, ready: () => ({ ready: true }), ...options }), scope),
+    Scope.provide(gateway({ bus, namespace: "test", host: "127.0.0.1", port: 0, model: servedModel, ready: () => ({ ready: true }), ...options }), scope),
   )
   let closing: Promise<void> | undefined
   return {

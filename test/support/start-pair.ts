@@ -25,6 +25,7 @@ export interface PairOptions extends FaultyBusOptions {
 export interface StartedPair {
   readonly bus: FaultyBus
   readonly memory: MemoryBus
+  readonly namespace: string
   readonly cluster: Cluster
   readonly prefill: RunningWorker
   readonly decode: RunningWorker
@@ -42,10 +43,12 @@ export const startPair = async (options: PairOptions): Promise<StartedPair> => {
   const running = new Map<string, RunningWorker>()
   const scope = Effect.runSync(Scope.make())
   const digest = "0".repeat(64)
+  const namespace = "main.test"
   for (const component of componentsOf(preset).flat()) {
     const context: ComponentContext = {
       topology: { ...preset, workers, bus: "memory", kvStore: { ...preset.kvStore, disk: { path: join(folder, "kv"), size: 2 ** 30 } } },
       model: { name: "tiny", aliases: [], path, sha256: component.id === "p0" ? (options.prefillDigest ?? digest) : digest },
+      namespace,
       env: readEnv(),
       buses: { control: bus, bulk: bus },
       onWorker: (worker) => running.set(component.id, worker),
@@ -59,5 +62,5 @@ export const startPair = async (options: PairOptions): Promise<StartedPair> => {
     await bus.close()
     rmSync(folder, { recursive: true, force: true })
   }
-  return { bus, memory, cluster: new Cluster({ bus, workers: running, stop }), prefill: running.get("p0")!, decode: running.get("d0")!, stop }
+  return { bus, memory, namespace, cluster: new Cluster({ bus, namespace, workers: running, stop }), prefill: running.get("p0")!, decode: running.get("d0")!, stop }
 }

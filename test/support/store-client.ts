@@ -48,7 +48,7 @@ export class StoreClient {
     const { wanted, transferId, creditBytes } = await this.#ask(Put, to, asked)
     const blocks = numbers.filter((_, i) => wanted[i] === true).map((n) => bytesOf(n, this.blockBytes))
     if (blocks.length === 0) return wanted
-    const sender = new TransferSender({ ...this.#buses, cluster: "test", transferId, source: bufferSource(this.layout, blocks, 0), creditBytes, hop: "kv-store" })
+    const sender = new TransferSender({ ...this.#buses, namespace: "test", transferId, source: bufferSource(this.layout, blocks, 0), creditBytes, hop: "kv-store" })
     blocks.forEach((_, place) => sender.send({ firstLayer: 0, layers: this.layout.layers, firstBlock: place, blocks: 1 }))
     sender.finish([])
     await sender.done
@@ -70,7 +70,7 @@ export class StoreClient {
     const { formatId = "f", to = anyId } = options
     const blocks = numbers.map(() => new Uint8Array(this.blockBytes))
     const transferId = randomUUID().replaceAll("-", "")
-    const ends = { ...this.#buses, cluster: "test", transferId, creditBytes: 1 << 20, hop: "kv-store" }
+    const ends = { ...this.#buses, namespace: "test", transferId, creditBytes: 1 << 20, hop: "kv-store" }
     const receiver = new TransferReceiver({ ...ends, sink: bufferSink(this.layout, blocks), firstBlock: 0, blocks: numbers.length })
     const asked = { formatId, hashes: packHashes(numbers.map(hashOf)), layout: this.layout, transferId, firstBlock: 0, creditBytes: 1 << 20 }
     const { sent } = await this.#ask(Get, to, asked)

@@ -31,7 +31,7 @@ const run = async ({ folder, blockBytes, memoryBytes, diskBytes, firstBlock }: S
   const buses = { control: bus, bulk: bus }
   const scope = Effect.runSync(Scope.make())
   const store = await Effect.runPromise(
-    Scope.provide(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), buses, cluster: "test", id: "k0", memoryBytes, disk: { folder, bytes: diskBytes } }), scope),
+    Scope.provide(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), buses, namespace: "test", id: "k0", memoryBytes, disk: { folder, bytes: diskBytes } }), scope),
   )
   const client = new StoreClient(buses, blockBytes)
   for (let next = firstBlock; ; ) {

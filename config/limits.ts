@@ -66,6 +66,8 @@ export const limits = {
   mixedStepTokens: 256,
   /** Sampled or scored rows of one engine step. */
   stepOutputs: 512,
+  /** An engine counts its blocks when it has had nothing to do for this long. */
+  idleCheckMs: 1_000,
   /** Most sequences that a worker may be configured to decode at once. */
   maxBatch: 256,
   /** Choices of one request (OpenAI's bound). */

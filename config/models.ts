@@ -48,6 +48,9 @@ const forms = "a name of config/models.yaml, file:PATH, hf:OWNER/REPO/FILE, or p
 const namedModels = (): Readonly<Record<string, NamedModel>> =>
   parse(readFileSync(new URL("./models.yaml", import.meta.url), "utf8")) as Record<string, NamedModel>
 
+/** Names and aliases of config/models.yaml. */
+export const modelNames = (): ReadonlyArray<string> => Object.entries(namedModels()).flatMap(([name, { aliases = [] }]) => [name, ...aliases])
+
 const served = (file: string): string => basename(file).replace(/\.gguf$/i, "")
 
 /** Splits `TEXT#sha256=HEX`; `undefined` for a malformed digest. */

@@ -1,49 +1,15 @@
 import { resolve } from "node:path"
-import { Effect, Schema, SchemaGetter, SchemaIssue } from "effect"
+import { Schema } from "effect"
+import { autoOr, bytes, distinctiveKey, duration, exactly, field, integer, key, listOf, nullOr, oneOf, optionalKey, path, requiredKey, text } from "./field.ts"
 import { limits } from "./limits.ts"
-import { quantity } from "./quantity.ts"
+import { modelNames } from "./models.ts"
 
-/** A field that is checked, and perhaps turned into the unit that the code uses. `expected` is what an error says. */
-const field = <T>(expected: string, read: (found: unknown) => T | undefined) =>
-  Schema.Unknown.pipe(
-    Schema.decodeTo(Schema.declare((found: unknown): found is T => found !== undefined), {
-      decode: SchemaGetter.transformEffect((found: unknown) => {
-        const value = read(found)
-        return value === undefined ? Effect.fail(new SchemaIssue.InvalidValue({ message: `expected ${expected}` })) : Effect.succeed(value)
-      }),
-      encode: SchemaGetter.transform((value: T): unknown => value)
-    })
-  )
+const namePattern = /^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$/
 
-const or = <S extends Schema.Constraint>(schema: S, fallback: S["Encoded"]) =>
-  Schema.withDecodingDefaultKey<S>(Effect.succeed(fallback))(schema)
-
-/** Nothing is given to the field to refuse, so that a missing key does not hide the mistakes beside it. */
-const required = <T>(schema: ReturnType<typeof field<T>>) => or(schema, undefined)
-
-const text = (expected: string, pattern: RegExp) => field(expected, (found) => (typeof found === "string" && pattern.test(found) ? found : undefined))
-
-const integer = (least: number, most: number) =>
-  field(`a whole number in ${least} … ${most}`, (found) =>
-    typeof found === "number" && Number.isInteger(found) && found >= least && found <= most ? found : undefined)
-
-const oneOf = <const L extends ReadonlyArray<string>>(allowed: L) =>
-  field(`one of ${allowed.join(", ")}`, (found): L[number] | undefined => allowed.find((name) => name === found))
-
-const autoOr = (least: number, most: number) =>
-  field(`auto or a whole number in ${least} … ${most}`, (found): number | "auto" | undefined =>
-    found === "auto" ? "auto" : typeof found === "number" && Number.isInteger(found) && found >= least && found <= most ? found : undefined)
-
-const bytes = field("a size such as 256MiB", quantity.bytes)
-
-const duration = field("a duration such as 200ms or 2s", quantity.milliseconds)
-
-const name = text("a name of letters, digits, - and _ (at most 63)", /^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$/)
+const name = text("a name of letters, digits, - and _ (at most 63)", namePattern)
 
 const isRecord = (found: unknown): found is Readonly<Record<string, unknown>> =>
   typeof found === "object" && found !== null && !Array.isArray(found)
-
-const only = (found: Readonly<Record<string, unknown>>, ...keys: ReadonlyArray<string>) => Object.keys(found).every((key) => keys.includes(key))
 
 /**
  * A NATS server and what it wants to see. Everything but the address is the path of a file, so that no secret stands in a
@@ -64,8 +30,6 @@ export interface NatsAddress {
 
 export type Bus = "memory" | { readonly nats: NatsAddress | { readonly spawn: true } }
 
-const isPath = (found: unknown): found is string | undefined => found === undefined || (typeof found === "string" && found !== "")
-
 /** No user or password in it: these would be shown with the topology. */
 const isNatsUrl = (found: unknown): found is string => {
   if (typeof found !== "string" || !URL.canParse(found)) return false
@@ -73,37 +37,52 @@ const isNatsUrl = (found: unknown): found is string => {
   return (protocol === "nats:" || protocol === "tls:") && hostname !== "" && username === "" && password === "" && (pathname === "" || pathname === "/")
 }
 
-const busForms = "memory, { nats: { spawn: true } } or { nats: { url: nats://HOST:PORT } }, with the paths of files as credentials, nkey or token (one of them) and tls: { ca, cert, key }"
-
-const bus = field(busForms, (found): Bus | undefined => {
-  if (found === "memory") return "memory"
-  const nats = isRecord(found) && only(found, "nats") ? found["nats"] : undefined
-  if (!isRecord(nats)) return undefined
-  if (nats["spawn"] === true && only(nats, "spawn")) return { nats: { spawn: true } }
-  const { url, credentials, nkey, token, tls } = nats
-  if (!isNatsUrl(url) || !only(nats, "url", "credentials", "nkey", "token", "tls")) return undefined
-  if (!isPath(credentials) || !isPath(nkey) || !isPath(token)) return undefined
-  if ([credentials, nkey, token].filter((path) => path !== undefined).length > 1) return undefined
-  if (tls === undefined) return { nats: { url, credentials, nkey, token } }
-  if (!isRecord(tls) || !only(tls, "ca", "cert", "key")) return undefined
-  const { ca, cert, key } = tls
-  // A certificate is of no use without its key.
-  if (!isPath(ca) || !isPath(cert) || !isPath(key) || (cert === undefined) !== (key === undefined)) return undefined
-  return { nats: { url, credentials, nkey, token, tls: { ca, cert, key } } }
+const natsUrl = field({
+  expected: "nats://HOST:PORT or tls://HOST:PORT, without user or password",
+  json: { type: "string", pattern: "^\\s*([Nn][Aa][Tt][Ss]|[Tt][Ll][Ss])://[^@/?#]+/?([?#].*)?\\s*$", examples: ["nats://127.0.0.1:4222"] },
+  read: (found) => (isNatsUrl(found) ? found : undefined)
 })
+
+/** Of these at most one is said. */
+export const natsSecrets = ["credentials", "nkey", "token"] as const
+
+const tls = Schema.Struct({
+  ca: optionalKey("PEM file of authorities that are trusted beside the system's.", path),
+  cert: optionalKey("PEM file of the certificate that Penstock shows the server; it needs `key`.", path),
+  key: optionalKey("PEM file of that certificate's key; it needs `cert`.", path)
+}).annotate({ json: { dependencies: { cert: ["key"], key: ["cert"] } } })
+
+const natsServer = Schema.Struct({
+  url: distinctiveKey("Address of a NATS server of your own.", natsUrl),
+  credentials: optionalKey("A `.creds` file to log in with.", path),
+  nkey: optionalKey("A file that holds the seed of an nkey to log in with.", path),
+  token: optionalKey("A file that holds a token to log in with.", path),
+  tls: optionalKey("Files of a connection over TLS.", tls)
+}).annotate({ json: { allOf: natsSecrets.flatMap((one, index) => natsSecrets.slice(index + 1).map((other) => ({ not: { required: [one, other] } }))) } })
+
+const spawnedServer = Schema.Struct({
+  spawn: distinctiveKey("Penstock finds or fetches a nats-server, runs it on loopback and supervises it.", exactly(true))
+})
+
+const bus = Schema.Union([
+  Schema.Literal("memory"),
+  Schema.Struct({
+    nats: Schema.Union([spawnedServer, natsServer]).annotate({ description: "Every actor has a process of its own; they meet on a NATS server.", expected: "{ spawn: true } or { url: nats://HOST:PORT }" })
+  })
+]).annotate({ expected: "memory, { nats: { spawn: true } } or { nats: { url: nats://HOST:PORT } }" })
 
 /** The same with its files' paths absolute, those that are relative starting from `base`. */
 export const resolveBus = (written: Bus, base: string): Bus => {
   if (written === "memory" || "spawn" in written.nats) return written
-  const from = (path: string | undefined) => (path === undefined ? undefined : resolve(base, path))
-  const { url, credentials, nkey, token, tls } = written.nats
+  const from = (file: string | undefined) => (file === undefined ? undefined : resolve(base, file))
+  const { url, credentials, nkey, token, tls: files } = written.nats
   return {
     nats: {
       url,
       credentials: from(credentials),
       nkey: from(nkey),
       token: from(token),
-      tls: tls === undefined ? undefined : { ca: from(tls.ca), cert: from(tls.cert), key: from(tls.key) },
+      tls: files === undefined ? undefined : { ca: from(files.ca), cert: from(files.cert), key: from(files.key) },
     },
   }
 }
@@ -112,78 +91,93 @@ export const resolveBus = (written: Bus, base: string): Bus => {
 export const roles = ["prefill", "decode"] as const
 export type Role = (typeof roles)[number]
 
-const roleList = field(`a list of roles, each one of ${roles.join(", ")}, none twice`, (found): ReadonlyArray<Role> | undefined => {
-  if (!Array.isArray(found) || found.length === 0 || new Set(found).size !== found.length) return undefined
-  const known = found.flatMap((entry) => roles.filter((role) => role === entry))
-  return known.length === found.length ? known : undefined
-})
-
 const gateway = Schema.Struct({
-  host: or(text("a host name or address", /^[A-Za-z0-9.:_-]{1,255}$/), "127.0.0.1"),
-  /** 0: any free port. */
-  port: or(integer(0, 65535), 8080),
-  replicas: or(integer(1, 64), 1),
-  /** File of API keys, one `tenant:hash` a line; from the topology file's folder. */
-  keys: or(field("the path of a key file, or null", (found): string | null | undefined => (found === null || (typeof found === "string" && found !== "") ? found : undefined)), null)
+  host: key("Where it listens; on anything but loopback only with `keys`.", text("a host name or address", /^[A-Za-z0-9.:_-]{1,255}$/), "127.0.0.1"),
+  port: key("Where it listens; 0 for any free port.", integer(0, 65535), 8080),
+  replicas: key("Gateways of the cluster.", integer(1, 64), 1),
+  keys: key("File of API keys, a line `tenant:sha256` each; from the topology file's folder.", nullOr("the path of a key file", /./), null)
 })
 
 const scheduler = Schema.Struct({
-  policy: or(oneOf(["random", "round-robin", "least-loaded", "cache-aware", "kv-centric"]), "cache-aware"),
-  admission: or(oneOf(["none", "early-rejection", "predicted-early-rejection"]), "none"),
-  /** Requests that may wait for a placement. */
-  queue: or(integer(1, 1_000_000), 256),
-  /** Milliseconds; what admission protects. */
-  objectives: Schema.optionalKey(Schema.Struct({ ttft: required(duration), tbt: required(duration) }))
+  policy: key("How a worker is chosen for a request.", oneOf(["random", "round-robin", "least-loaded", "cache-aware", "kv-centric"]), "cache-aware"),
+  admission: key("Whether a request is refused early where `objectives` would be missed.", oneOf(["none", "early-rejection", "predicted-early-rejection"]), "none"),
+  queue: key("Requests that may wait for a place; the next is answered 429.", integer(1, 1_000_000), 256),
+  objectives: optionalKey(
+    "What `admission` protects.",
+    Schema.Struct({
+      ttft: requiredKey("Time to the first token.", duration),
+      tbt: requiredKey("Time between tokens.", duration)
+    })
+  )
+}).annotate({
+  json: { anyOf: [{ properties: { admission: { enum: ["none"] } } }, { required: ["objectives"] }] }
 })
 
 const kv = Schema.Struct({
-  blocks: or(autoOr(1, 2 ** 24), "auto"),
-  dtype: or(oneOf(["f16", "int8", "int4"]), "f16"),
-  /** Tokens in a block. */
-  blockTokens: or(integer(1, 1024), 16)
+  blocks: key("Blocks of the pool; `auto` is a quarter of the free memory, at most 2 GiB.", autoOr(1, 2 ** 24), "auto"),
+  dtype: key("What keys and values are kept in; one for all workers.", oneOf(["f16", "int8", "int4"]), "f16"),
+  blockTokens: key("Tokens of a block; one for all workers.", integer(1, 1024), 16)
+})
+
+/** Keys and values of labels: of a worker, and of the nodes that it may run on. */
+export const labelPattern = /^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$/
+
+const labels = field({
+  expected: "a mapping of names to texts, such as { gpu: h100 }, each of letters, digits, ., - and _ (at most 63), numbers in quotes",
+  json: { type: "object", propertyNames: { pattern: labelPattern.source }, additionalProperties: { type: "string", pattern: labelPattern.source }, examples: [{ gpu: "h100" }] },
+  read: (found): Readonly<Record<string, string>> | undefined =>
+    isRecord(found) && Object.entries(found).every(([label, value]) => labelPattern.test(label) && typeof value === "string" && labelPattern.test(value)) ? (found as Record<string, string>) : undefined
 })
 
 const worker = Schema.Struct({
-  name: required(name),
-  roles: or(roleList, ["prefill", "decode"]),
-  device: or(text("cpu, cuda or cuda:N", /^(cpu|cuda(:\d{1,3})?)$/), "cpu"),
-  threads: or(autoOr(1, 1024), "auto"),
-  kv: or(kv, {}),
-  /** Most sequences in a step. */
-  maxBatch: or(integer(1, limits.maxBatch), 32)
+  name: requiredKey("Its name, which no other worker has.", name),
+  roles: key("What it does; over all workers each role is somebody's.", listOf("roles", roles), ["prefill", "decode"]),
+  labels: key("What the node that it runs on must be labelled with, all of it.", labels, {}),
+  device: key("Where it computes.", text("cpu, cuda or cuda:N", /^(cpu|cuda(:\d{1,3})?)$/, { examples: ["cpu", "cuda", "cuda:0"] }), "cpu"),
+  threads: key("Threads that compute; `auto` shares the machine's cores among its workers.", autoOr(1, 1024), "auto"),
+  kv: key("Its KV pool.", kv, {}),
+  maxBatch: key("Most sequences that it decodes at once.", integer(1, limits.maxBatch), 32)
 })
 
 const kvStore = Schema.Struct({
-  replicas: or(integer(1, 64), 1),
-  /** Bytes. */
-  memory: or(bytes, "256MiB"),
-  disk: or(Schema.Struct({
-    /** A folder, in which each store has its own; from the topology file's. `auto`: in PENSTOCK_HOME, by the cluster's name. */
-    path: or(text("auto or a path", /./), "auto"),
-    /** Bytes of each store; 0 for none. */
-    size: or(bytes, "2GiB")
-  }), {}),
-  eviction: or(oneOf(["lru", "lfu", "length-aware"]), "lru")
+  replicas: key("KV stores of the cluster.", integer(1, 64), 1),
+  memory: key("Blocks that each store keeps in memory.", bytes, "256MiB"),
+  disk: key(
+    "What each store keeps on disk.",
+    Schema.Struct({
+      path: key("A folder, in which each store has its own, from the topology file's; `auto` is in PENSTOCK_HOME, by the cluster's name.", text("auto or the path of a folder", /./), "auto"),
+      size: key("Blocks that each store keeps there; 0B for no disk.", bytes, "2GiB")
+    }),
+    {}
+  ),
+  eviction: key("Which blocks go first where there is no room.", oneOf(["lru", "lfu", "length-aware"]), "lru")
+})
+
+const model = field({
+  expected: "the name of a model, or file:, hf: or pypi:",
+  json: () => ({ anyOf: [{ enum: modelNames() }, { type: "string", pattern: "^(file|hf|pypi):." }] }),
+  read: (found) => (typeof found === "string" && /\S/.test(found) ? found : undefined)
 })
 
 /**
  * What runs where: DESIGN section 7. Everything but `penstock` can be left out. Sizes are bytes and durations
- * milliseconds once decoded. It accepts what the design has; not-yet.ts refuses what is not built.
+ * milliseconds once decoded. It accepts what the design has; not-yet.ts refuses what is not built. The reference and the
+ * JSON Schema beside it are made of this: `npm run docs:config`.
  */
 export const Topology = Schema.Struct({
-  penstock: required(field("1 (the version of this file's format)", (found): 1 | undefined => (found === 1 ? 1 : undefined))),
-  cluster: or(name, "main"),
-  model: or(text("the name of a model, or file:, hf: or pypi:", /\S/), "smollm2-135m"),
-  bus: or(bus, "memory"),
-  gateway: or(gateway, {}),
-  request: or(Schema.Struct({ replicas: or(integer(1, 64), 1) }), {}),
-  scheduler: or(scheduler, {}),
-  workers: or(Schema.Array(worker), [{ name: "w0" }]),
-  kvStore: or(kvStore, {}),
-  telemetry: or(
+  penstock: requiredKey("Version of this file's format.", exactly(1, " (the version of this file's format)")),
+  cluster: key("A name; clusters on one NATS server do not meet.", name, "main"),
+  model: key("A name of models.yaml, `file:PATH`, `hf:OWNER/REPO/FILE` or `pypi:PROJECT==VERSION/MEMBER`.", model, "smollm2-135m"),
+  bus: key("What the actors speak over: in one process, or over NATS.", bus, "memory"),
+  gateway: key("The HTTP and WebSocket endpoint.", gateway, {}),
+  request: key("Actors that each see requests through, from text to text.", Schema.Struct({ replicas: key("How many there are.", integer(1, 64), 1) }), {}),
+  scheduler: key("Who decides where a request is computed.", scheduler, {}),
+  workers: key("Who computes: each has one device, the model's weights and a KV pool.", Schema.Array(worker).annotate({ json: { minItems: 1 } }), [{ name: "w0" }]),
+  kvStore: key("Where blocks of KV are kept that the pools have no room for.", kvStore, {}),
+  telemetry: key(
+    "Traces of requests.",
     Schema.Struct({
-      otlp: or(field("null or an http(s) address", (found): string | null | undefined =>
-        found === null || (typeof found === "string" && /^https?:/.test(found) && URL.canParse(found)) ? found : undefined), null)
+      otlp: key("OTLP/HTTP endpoint that they are sent to; OTEL_EXPORTER_OTLP_ENDPOINT wins.", nullOr("an http(s) address", /^https?:/, (found) => URL.canParse(found)), null)
     }),
     {}
   )

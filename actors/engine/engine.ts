@@ -38,9 +38,6 @@ export interface EngineOptions {
   readonly onReturn?: (missing: ReturningKv) => void
 }
 
-/** Stands in for the prefill sink of a generation whose prompt was computed elsewhere. */
-const adopted: PrefillSink = { scores: () => {}, token: () => {}, done: () => {}, failed: () => {} }
-
 /** What a generation's sinks hear, where it is not they who stopped it. */
 export type CancelReason = Pick<Fault, "code" | "message">
 
@@ -56,7 +53,7 @@ export class Engine {
   readonly #queue: SequenceQueue
   readonly #generations: Generations
   readonly #loop: StepLoop
-  /** Settles when a step has failed: the engine is of no use any more, and its owner makes a new one. */
+  /** Settles when a step has failed, or a block is lost: the engine is of no use any more, and its owner makes a new one. */
   readonly broken: Promise<Error>
   readonly counters: EngineCounters = { steps: 0, promptTokens: 0, cachedTokens: 0, outputTokens: 0, computeMs: 0, prefillMs: 0, restoredTokens: 0 }
 
@@ -67,7 +64,7 @@ export class Engine {
     const blocks = new BlockManager(kernels.info.blocks, options.events)
     const onPreempt = ({ hashes, computed }: Sequence) => options.onPreempt?.(hashes.slice(0, Math.floor(computed / blockTokens)))
     const queue = new SequenceQueue({ blocks, blockTokens, maxBatch, copyBlock: (from, to) => kernels.copyBlock(from, to), onPreempt })
-    const generations = new Generations({ name, kernels, queue, counters })
+    const generations = new Generations({ name, kernels, blocks, queue, counters })
     const budget: Budget = { tokens: limits.stepTokens, mixedTokens: limits.mixedStepTokens, outputs: limits.stepOutputs, ...options.budget }
     this.#kernels = kernels
     this.#options = options
@@ -80,7 +77,8 @@ export class Engine {
       if (missing !== undefined) options.onReturn?.(missing)
     }
     const cancel = (id: string, why: CancelReason) => this.cancel(id, why)
-    this.#loop = new StepLoop({ name, cancel, kernels, blocks, blockTokens, budget, queue, generations, counters, costs: options.costs, onReturn })
+    const check = () => this.checkInvariants()
+    this.#loop = new StepLoop({ name, cancel, check, kernels, blocks, blockTokens, budget, queue, generations, counters, costs: options.costs, onReturn })
     this.#holds = new BlockHolds(blocks, kernels, () => this.#loop.notify()) // a reservation may wait for what is released
     this.broken = this.#loop.broken
   }
@@ -187,11 +185,11 @@ export class Engine {
   acceptPrefix(id: string, from: number, blocks: number): boolean {
     const group = this.#generations.get(id)
     const sequence = group?.sequences[0]
-    if (group === undefined || sequence === undefined || group.cancelled || group.prefill !== undefined || !sequence.running) return false
+    if (group?.waitsForKv !== true || sequence?.running !== true) return false
     if (sequence.computed !== from * this.blockTokens || (from + blocks) * this.blockTokens >= sequence.length) return false
     sequence.computed += blocks * this.blockTokens
     group.cachedTokens += blocks * this.blockTokens
-    for (let place = from; place < from + blocks; place++) this.blocks.seal(sequence.table[place]!, sequence.hashes[place]!, group.spec.trace, place)
+    sequence.seal(this.blocks, from, from + blocks)
     return true
   }
 
@@ -218,7 +216,7 @@ export class Engine {
   /** Takes KV of a reservation that has not begun; false where the CRC does not match. Throws when it is gone. */
   importLayers(id: string, range: ChunkRange, payload: Uint8Array, seed: number, crc: number): boolean {
     const group = this.#generations.get(id)
-    if (group === undefined || group.cancelled || group.prefill !== undefined) throw this.#gone(id)
+    if (group?.waitsForKv !== true) throw this.#gone(id)
     return this.#kernels.importLayers(this.#blocksOf(id, range), range.firstLayer, range.layers, payload, 0, seed, crc)
   }
 
@@ -227,29 +225,9 @@ export class Engine {
    * when it is gone, or these are not the first token of each choice.
    */
   adopt(id: string, first: ReadonlyArray<TokenEvent>): void {
-    const generations = this.#generations
-    const group = generations.get(id)
-    const leader = group?.sequences[0]
-    if (group === undefined || leader === undefined || group.cancelled || group.prefill !== undefined || !leader.running) throw this.#gone(id)
-    const { spec } = group
-    const drawn = new Set(first.map(({ choice }) => choice))
-    const fits = ({ choice, token }: TokenEvent) => choice < spec.choices && token >= 0 && token < this.#kernels.info.vocabulary
-    if (first.length !== (spec.maxTokens === 0 ? 0 : spec.choices) || drawn.size !== first.length || !first.every(fits)) {
-      throw new Fault({ code: "internal", message: `${this.#options.name}: the first tokens of ${id} are not one of each of its ${spec.choices} choices`, hop: this.#options.name })
-    }
-    leader.computed = leader.length
-    leader.hashUpTo(leader.length, this.blockTokens)
-    for (let place = 0; (place + 1) * this.blockTokens <= leader.length; place++) this.blocks.seal(leader.table[place]!, leader.hashes[place]!, group.spec.trace, place)
-    const choices = Array.from({ length: group.unforked }, (_, i) => i + 1)
-    for (const choice of choices) generations.fork(leader, choice)
-    group.samplers.forEach((_, choice) => generations.freeSampler(group, choice)) // they are made again with what was drawn
-    group.prefill = adopted
-    group.prefillDone = true
-    for (const { choice, token, finish } of first) {
-      const sequence = group.sequences.find((other) => other.choice === choice)
-      sequence?.append(token)
-      if (sequence !== undefined && (finish !== "" || group.finishedEarly.has(choice))) generations.finish(sequence)
-    }
+    const group = this.#generations.get(id)
+    if (group === undefined || !group.waitsForKv || group.sequences[0]?.running !== true) throw this.#gone(id)
+    this.#generations.adopt(group, first)
     this.#loop.notify()
   }
 
@@ -299,7 +277,7 @@ export class Engine {
     this.#generations.failAll("shutting_down", `${this.#options.name} is stopping`)
   }
 
-  /** Throws when a block is lost or counted wrong. For tests, and when idle. */
+  /** Throws when a block is lost or counted wrong. */
   checkInvariants(): void {
     this.blocks.check([...this.#generations.all.flatMap(({ sequences }) => sequences.map(({ table }) => table)), ...this.#holds.tables])
   }

@@ -6,7 +6,8 @@ import type { Engine as Kernels } from "../../kernels/index.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { TokenEvent } from "../messages/decode.ts"
 import type { readOutput } from "./batch.ts"
-import { Group, type DecodeSink, type GenerationSpec, type Sequence } from "./sequence.ts"
+import type { BlockManager } from "./block-manager.ts"
+import { Group, type DecodeSink, type GenerationSpec, type PrefillSink, type Sequence } from "./sequence.ts"
 import type { SequenceQueue } from "./sequence-queue.ts"
 
 /** Totals since the start. */
@@ -25,11 +26,15 @@ export interface GenerationsOptions {
   /** Names the engine in faults. */
   readonly name: string
   readonly kernels: Pick<Kernels, "info" | "createSampler" | "freeSampler">
+  readonly blocks: BlockManager
   readonly queue: SequenceQueue
   readonly counters: EngineCounters
 }
 
 type Drawn = ReturnType<typeof readOutput>
+
+/** Stands in for the prefill sink of a generation whose prompt was computed elsewhere. */
+const adopted: PrefillSink = { scores: () => {}, token: () => {}, done: () => {}, failed: () => {} }
 
 export class Generations {
   readonly #options: GenerationsOptions
@@ -58,6 +63,31 @@ export class Generations {
     if (first !== undefined && spec.maxTokens > 0) this.samplerOf(first, first.choice)
     this.#groups.set(spec.id, group)
     this.#options.queue.enqueue(group.sequences)
+  }
+
+  /** Goes on with a generation whose KV has come whole. Throws a Fault where `first` are not the first token of each choice. */
+  adopt(group: Group, first: ReadonlyArray<TokenEvent>): void {
+    const { name, kernels, blocks } = this.#options
+    const { spec } = group
+    const leader = group.sequences[0]!
+    const drawn = new Set(first.map(({ choice }) => choice))
+    const fits = ({ choice, token }: TokenEvent) => choice < spec.choices && token >= 0 && token < kernels.info.vocabulary
+    if (first.length !== (spec.maxTokens === 0 ? 0 : spec.choices) || drawn.size !== first.length || !first.every(fits)) {
+      throw new Fault({ code: "internal", message: `${name}: the first tokens of ${spec.id} are not one of each of its ${spec.choices} choices`, hop: name })
+    }
+    leader.computed = leader.length
+    leader.hashUpTo(leader.length, kernels.info.blockTokens)
+    leader.seal(blocks, 0, Math.floor(leader.length / kernels.info.blockTokens))
+    const choices = Array.from({ length: group.unforked }, (_, i) => i + 1)
+    for (const choice of choices) this.fork(leader, choice)
+    group.samplers.forEach((_, choice) => this.freeSampler(group, choice)) // they are made again with what was drawn
+    group.prefill = adopted
+    group.prefillDone = true
+    for (const { choice, token, finish } of first) {
+      const sequence = group.sequences.find((other) => other.choice === choice)
+      sequence?.append(token)
+      if (sequence !== undefined && (finish !== "" || group.finishedEarly.has(choice))) this.finish(sequence)
+    }
   }
 
   samplerOf(sequence: Sequence, choice: number): number {

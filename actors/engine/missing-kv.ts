@@ -56,7 +56,7 @@ export const returningKv = (sequence: Sequence, { name, kernels, blocks, blockTo
     accept: (count) => {
       if (!isWanted()) return false
       sequence.computed += count * blockTokens
-      for (let place = from; place < from + count; place++) blocks.seal(sequence.table[place]!, sequence.hashes[place]!, spec.trace, place)
+      sequence.seal(blocks, from, from + count)
       return true
     },
     settle: () => {

@@ -8,6 +8,7 @@ import type { TokenEvent } from "../messages/decode.ts"
 import type { Sampling } from "../messages/sampling.ts"
 import type { BlockHash } from "../messages/hashes.ts"
 import { blockHash } from "./block-hash.ts"
+import type { BlockManager } from "./block-manager.ts"
 
 export interface GenerationSpec {
   readonly id: string
@@ -93,6 +94,11 @@ export class Group {
     return this.prefillDone && !this.sink.writable()
   }
 
+  /** Its KV may still come from elsewhere: nothing has begun here. */
+  get waitsForKv(): boolean {
+    return this.prefill === undefined && !this.cancelled
+  }
+
   /** It has drawn its first tokens and only waits to be taken over. */
   get held(): boolean {
     return this.prefillDone && this.spec.prefillOnly === true
@@ -171,5 +177,10 @@ export class Sequence {
     for (let end = (this.hashes.length + 1) * blockTokens; end <= tokens; end += blockTokens) {
       this.hashes.push(blockHash(this.hashes.at(-1) ?? this.group.spec.hashRoot, this.tokens(end - blockTokens, end)))
     }
+  }
+
+  /** Makes the content of its blocks from one place to another known, which are full and hashed. */
+  seal(blocks: BlockManager, from: number, to: number): void {
+    for (let place = from; place < to; place++) blocks.seal(this.table[place]!, this.hashes[place]!, this.group.spec.trace, place)
   }
 }

@@ -1,7 +1,9 @@
 /**
  * The step loop: at each boundary it admits and composes what may run, has the kernels run it, and hands out what came of it.
- * It sleeps while there is nothing to run, and ends with the first step that fails.
+ * It sleeps while there is nothing to run, counts its blocks when it is idle, and ends with the first step that fails, or a
+ * block that is lost.
  */
+import { limits } from "../../config/limits.ts"
 import type { Engine as Kernels, StepResult } from "../../kernels/index.ts"
 import type { BlockManager } from "./block-manager.ts"
 import { composeBatch, readOutput, type Output } from "./batch.ts"
@@ -26,6 +28,8 @@ export interface StepLoopOptions {
   readonly costs?: Pick<MeasuredCosts, "prefilled"> | undefined
   /** A sequence that was preempted has blocks again, and has not begun. */
   readonly onReturn?: ((sequence: Sequence) => void) | undefined
+  /** Throws where a block is lost or counted wrong. */
+  readonly check: () => void
 }
 
 export class StepLoop {
@@ -33,6 +37,8 @@ export class StepLoop {
   #stepping = false
   #closed = false
   #wake: (() => void) | undefined
+  #unchecked = false // since the last step
+  #lost: { readonly error: unknown } | undefined
   readonly #ended: Promise<void>
   /** Settles when a step has failed. */
   readonly broken: Promise<Error>
@@ -78,7 +84,7 @@ export class StepLoop {
         const chunks = queue.ensureBlocks(compose(queue.ready(), budget))
         if (chunks.length > 0) await this.#step(chunks)
         // Where all have given way, the oldest of them fits again at once.
-        else if (queue.preemptions === preemptions) await new Promise<void>((resolve) => (this.#wake = resolve))
+        else if (queue.preemptions === preemptions) await this.#sleep()
       } catch (error) {
         this.#stepping = false
         this.#closed = true
@@ -94,6 +100,25 @@ export class StepLoop {
     const { queue, cancel } = this.#options
     queue.giveBack()
     for (const { group } of queue.misfits()) cancel(group.spec.id, { code: "moved", message: "it does not fit here any more" })
+  }
+
+  /** Until there may be something to run. */
+  async #sleep(): Promise<void> {
+    const isIdle = this.#unchecked && this.#options.generations.all.length === 0
+    const check = isIdle ? setTimeout(() => this.#check(), limits.idleCheckMs).unref() : undefined
+    await new Promise<void>((resolve) => (this.#wake = resolve))
+    clearTimeout(check)
+    if (this.#lost !== undefined) throw this.#lost.error
+  }
+
+  #check(): void {
+    try {
+      this.#unchecked = false
+      this.#options.check()
+    } catch (error) {
+      this.#lost = { error }
+      this.notify()
+    }
   }
 
   #announce(admitted: ReadonlyArray<Sequence>): void {
@@ -113,6 +138,7 @@ export class StepLoop {
     const { batch, outputs } = composeBatch(chunks, (sequence, choice) => generations.samplerOf(sequence, choice))
     const layered = this.#completedBy(chunks).filter(({ sink }) => sink.layer !== undefined)
     this.#stepping = true
+    this.#unchecked = true
     const result = await kernels.step(batch, layered.length === 0 ? undefined : (layer) => layered.forEach(({ sink, from, blocks }) => sink.layer?.(layer, from, blocks)))
     this.#stepping = false
     this.#apply(chunks, outputs, result)
@@ -139,7 +165,7 @@ export class StepLoop {
       const sealed = Math.floor(sequence.computed / blockTokens)
       sequence.computed += tokens
       sequence.hashUpTo(sequence.computed, blockTokens)
-      for (let place = sealed; (place + 1) * blockTokens <= sequence.computed; place++) blocks.seal(sequence.table[place]!, sequence.hashes[place]!, sequence.group.spec.trace, place)
+      sequence.seal(blocks, sealed, Math.floor(sequence.computed / blockTokens))
       if (!sequence.group.prefillDone) sequence.group.computedTokens += tokens
     }
     this.#reportScores(outputs, result)

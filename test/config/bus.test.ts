@@ -1,4 +1,5 @@
 import { expect, test } from "vitest"
+import { ConfigError } from "../../config/config-error.ts"
 import { parseTopology } from "../../config/load-topology.ts"
 
 const bus = (line: string) => parseTopology(`penstock: 1\nbus: ${line}\n`, { path: "/somewhere/x.yaml" }).topology.bus
@@ -12,18 +13,24 @@ test("the paths of a bus's files start from the topology's folder", () => {
   expect(bus("{ nats: { spawn: true } }")).toEqual({ nats: { spawn: true } })
 })
 
+const forms = "memory, { nats: { spawn: true } } or { nats: { url: nats://HOST:PORT } }"
+const address = "nats://HOST:PORT or tls://HOST:PORT, without user or password"
+
 test.each([
-  "nats",
-  "{ nats: {} }",
-  "{ nats: { spawn: false } }",
-  "{ nats: { spawn: true, url: nats://broker } }",
-  "{ nats: { url: broker:4222 } }",
-  "{ nats: { url: http://broker } }",
-  "{ nats: { url: nats://user:password@broker } }",
-  "{ nats: { url: nats://broker, token: a, nkey: b } }",
-  "{ nats: { url: nats://broker, tls: { cert: a } } }",
-  "{ nats: { url: nats://broker, tls: { verify: false } } }",
-  "{ nats: { url: nats://broker, user: a } }",
-])("%s is refused, with what is allowed", (line) => {
-  expect(() => bus(line)).toThrow(/x\.yaml:2: bus: expected memory, \{ nats: \{ spawn: true \} \} or \{ nats: \{ url: nats:\/\/HOST:PORT \} \}/)
+  ["nats", `bus: expected ${forms}, found "nats"`],
+  ["{ nat: { spawn: true } }", "bus.nat: unknown key, did you mean nats?; allowed: nats\nx.yaml:2: bus.nats: missing"],
+  ["{ nats: true }", "bus.nats: expected { spawn: true } or { url: nats://HOST:PORT }, found true"],
+  ["{ nats: {} }", `bus.nats.url: expected ${address}, found nothing`],
+  ["{ nats: { spawn: false } }", "bus.nats.spawn: expected true, found false"],
+  ["{ nats: { spawn: true, url: nats://broker } }", "bus.nats.spawn: unknown key; allowed: url, credentials, nkey, token, tls"],
+  ["{ nats: { url: broker:4222 } }", `bus.nats.url: expected ${address}, found "broker:4222"`],
+  ["{ nats: { url: http://broker } }", `bus.nats.url: expected ${address}, found "http://broker"`],
+  ["{ nats: { url: nats://user:password@broker } }", `bus.nats.url: expected ${address}, found "nats://user:password@broker"`],
+  ["{ nats: { url: nats://broker, token: a, nkey: b } }", "bus.nats.token: one of credentials, nkey, token is enough, found nkey and token"],
+  ["{ nats: { url: nats://broker, tls: { cert: a } } }", "bus.nats.tls.cert: needs key beside it"],
+  ["{ nats: { url: nats://broker, tls: { verify: false } } }", "bus.nats.tls.verify: unknown key; allowed: ca, cert, key"],
+  ["{ nats: { url: nats://broker, user: a } }", "bus.nats.user: unknown key; allowed: url, credentials, nkey, token, tls"],
+  ["{ nats: { url: nats://broker, token: 1 } }", "bus.nats.token: expected the path of a file, found 1"],
+])("%s is refused at its key, with what is allowed", (line, message) => {
+  expect(() => bus(line)).toThrow(new ConfigError(`x.yaml:2: ${message}`.split("\n")))
 })

@@ -23,13 +23,13 @@ describe("a topology file", () => {
     const full = loadTopology(single).topology
     expect(full).toEqual(parseTopology("penstock: 1", { path: "/somewhere/x.yaml" }).topology)
     expect(full.kvStore).toEqual({ replicas: 1, memory: 256 * 2 ** 20, disk: { path: "auto", size: 2 * 2 ** 30 }, eviction: "lru" })
-    expect(full.workers[0]).toEqual({ name: "w0", roles: ["prefill", "decode"], device: "cpu", threads: "auto", kv: { blocks: "auto", dtype: "f16", blockTokens: 16 }, maxBatch: 32 })
+    expect(full.workers[0]).toEqual({ name: "w0", roles: ["prefill", "decode"], labels: {}, device: "cpu", threads: "auto", kv: { blocks: "auto", dtype: "f16", blockTokens: 16 }, maxBatch: 32 })
   })
 
   test("a mistyped key: file, line, path, what was meant, what is allowed", () => {
     const text = readFileSync(single, "utf8").replace("roles:", "rolls:")
     const line = text.split("\n").findIndex((found) => found.includes("rolls:")) + 1
-    expect(problems(text)).toEqual([`single.yaml:${line}: workers[0].rolls: unknown key, did you mean roles?; allowed: name, roles, device, threads, kv, maxBatch`])
+    expect(problems(text)).toEqual([`single.yaml:${line}: workers[0].rolls: unknown key, did you mean roles?; allowed: name, roles, labels, device, threads, kv, maxBatch`])
   })
 
   test("all mistakes at once, in the order of the file", () => {
@@ -38,7 +38,7 @@ describe("a topology file", () => {
       "single.yaml:2: wrkers: unknown key, did you mean workers?; allowed: penstock, cluster, model, bus, gateway, request, scheduler, workers, kvStore, telemetry",
       "single.yaml:4: gateway.port: expected a whole number in 0 … 65535, found \"http\"",
       "single.yaml:5: scheduler.policy: expected one of random, round-robin, least-loaded, cache-aware, kv-centric, found \"cache-awre\"; did you mean cache-aware?",
-      "single.yaml:7: kvStore.memory: expected a size such as 256MiB, found \"much\"",
+      "single.yaml:7: kvStore.memory: expected a size such as 256MiB (units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB), found \"much\"",
       "single.yaml:9: workers[0].name: expected a name of letters, digits, - and _ (at most 63), found nothing",
       "single.yaml:9: workers[0].roles: expected a list of roles, each one of prefill, decode, none twice, found [\"prefil\"]"
     ])
@@ -54,6 +54,7 @@ describe("a topology file", () => {
     ["scheduler: { policy: kv-centric }", "scheduler.policy", "use cache-aware"],
     ["scheduler: { policy: random }", "scheduler.policy", "use cache-aware"],
     ["gateway: { replicas: 2 }", "gateway.replicas", "use 1"],
+    ["workers: [{ name: a, labels: { gpu: h100 } }]", "workers[0].labels", "use no labels"],
     ["workers: [{ name: a, device: cuda }]", "workers[0].device", "use cpu"],
   ])("%s is in the design but not built: refused, not ignored", (line, path, use) => {
     const [problem = "", ...rest] = problems(`penstock: 1\n${line}\n`)
@@ -61,6 +62,23 @@ describe("a topology file", () => {
     expect(problem).toMatch(/^single\.yaml:2: .* is not available yet: use /)
     expect(problem).toContain(path)
     expect(problem).toContain(use)
+  })
+
+  test.each([
+    ["kvStore: { memory: 512mb }", 'kvStore.memory: expected a size such as 256MiB (units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB), found "512mb"; did you mean 512MB?'],
+    ["kvStore: { memory: 2 g }", 'kvStore.memory: expected a size such as 256MiB (units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB), found "2 g"; did you mean 2GiB?'],
+    ["kvStore: { memory: -1 }", "kvStore.memory: expected a size such as 256MiB (units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB), found -1"],
+    ["scheduler: { objectives: { ttft: 2 sec, tbt: 1ms } }", 'scheduler.objectives.ttft: expected a duration such as 200ms or 2s (units ms, s, m, h), found "2 sec"; did you mean 2s?'],
+    ["scheduler: { objectives: { ttft: 2s, tbt: 200 } }", "scheduler.objectives.tbt: expected a duration such as 200ms or 2s (units ms, s, m, h), found 200"],
+    ["scheduler: { objectives: { ttft: 2S } }", 'scheduler.objectives.ttft: expected a duration such as 200ms or 2s (units ms, s, m, h), found "2S"; did you mean 2s?'],
+  ])("%s: a unit that is not one is named with those there are, and the one that was meant", (line, message) => {
+    expect(problems(`penstock: 1\n${line}\n`)).toContain(`single.yaml:2: ${message}`)
+  })
+
+  test.each(["{ gpu: 100 }", "[gpu]", "gpu", "{ a b: c }", "{ gpu: \"\" }", "{ gpu: a=b }", `{ ${"g".repeat(64)}: h }`, "{ zone: true }"])("labels are names and texts, which %s is not", (labels) => {
+    const [problem = "", ...rest] = problems(`penstock: 1\nworkers: [{ name: a, labels: ${labels} }]\n`)
+    expect(rest).toEqual([])
+    expect(problem).toMatch(/^single\.yaml:2: workers\[0\]\.labels: expected a mapping of names to texts, such as \{ gpu: h100 \}.*, found /)
   })
 
   test("all workers have blocks of one size", () => {

@@ -2,8 +2,10 @@
 import { mkdtemp, rm } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
-import { afterAll, beforeAll, describe, expect, it } from "vitest"
+import { afterAll, beforeAll, describe, expect, it, vi } from "vitest"
+import { limits } from "../../config/limits.ts"
 import { Engine } from "../../actors/engine/engine.ts"
+import type { ReturningKv } from "../../actors/engine/missing-kv.ts"
 import type { GenerationSpec } from "../../actors/engine/sequence.ts"
 import type { BlockHash } from "../../actors/messages/hashes.ts"
 import { Fault } from "../../actors/runtime/fault.ts"
@@ -302,6 +304,31 @@ describe("an engine over fake kernels", () => {
     await engine.close()
   })
 
+  it("counts its blocks when it has nothing to do, and says that it is broken where one is lost", async () => {
+    vi.useFakeTimers({ toFake: ["setTimeout", "clearTimeout"] })
+    try {
+      const { engine } = start()
+      const counted = vi.spyOn(engine, "checkInvariants")
+      const idle = async () => {
+        await turn()
+        vi.advanceTimersByTime(limits.idleCheckMs)
+        await turn()
+      }
+      await new Generation(engine, specOf("a", upTo(8, 10))).run()
+      expect(counted).not.toHaveBeenCalled()
+      await idle()
+      await idle()
+      expect(counted).toHaveBeenCalledTimes(1)
+      await new Generation(engine, specOf("b", upTo(8, 10))).run()
+      engine.blocks.allocate() // nobody's
+      await idle()
+      expect((await engine.broken).message).toMatch(/block \d+ has 0 holders but 1 references/)
+      expect(() => new Generation(engine, specOf("late", [1]))).toThrow("is stopping")
+    } finally {
+      vi.useRealTimers()
+    }
+  })
+
   it("tells everybody when it is closed, after the step in flight", async () => {
     const { engine, kernels } = start()
     const generation = new Generation(engine, specOf("a", upTo(8, 10), { maxTokens: 30 }))
@@ -335,9 +362,73 @@ const randomSpec = (id: string, random: () => number, solo: (spec: GenerationSpe
   return finished.length === choices ? spec : { ...spec, delivered, finished }
 }
 
+describe("a sequence that was preempted", () => {
+  const oneBlock = (place: number) => ({ firstLayer: 0, layers: 1, firstBlock: place, blocks: 1 })
+  /** A younger sequence that gave way to an older one and has blocks again; of its blocks all but the first are lost. */
+  const returned = async () => {
+    const kernels = new FakeKernels({ blocks: 12, blockTokens: 4, context: 48 })
+    const parked: Array<ReadonlyArray<BlockHash>> = []
+    const returning: Array<ReturningKv> = []
+    const engine = new Engine(kernels, { name: "worker w0", maxBatch: 4, budget, onPreempt: (hashes) => void parked.push(hashes), onReturn: (missing) => void returning.push(missing) })
+    const older = new Generation(engine, specOf("older", upTo(12, 500), { maxTokens: 36 }))
+    const younger = new Generation(engine, specOf("younger", upTo(15, 10), { maxTokens: 20 }))
+    const runs = [older.run(), younger.run()]
+    while (returning.length === 0) await turn()
+    const [missing] = returning
+    const bytesOf = (place: number) => new Uint8Array(Int32Array.from([...younger.spec.prompt, ...younger.tokens[0]!].slice(4 * place, 4 * place + 4)).buffer)
+    const take = (place: number) => missing!.importLayers(oneBlock(place), bytesOf(place), 0, crc32c(bytesOf(place), 0))
+    return { engine, kernels, older, younger, runs, parked, missing: missing!, take }
+  }
+
+  it("says what it gives away, and is in no batch until what it lacks has come, which it does not compute again", async () => {
+    const { engine, kernels, younger, runs, parked, missing, take } = await returned()
+    expect(parked[0]!.length).toBeGreaterThan(3)
+    expect(missing.hashes.length).toBeGreaterThan(0)
+    expect(parked[0]).toEqual(expect.arrayContaining([...missing.hashes]))
+    const drawn = younger.events.length
+    for (let i = 0; i < 20; i++) await turn()
+    expect(younger.events).toHaveLength(drawn)
+    missing.hashes.forEach((_, i) => expect(take(missing.from + i)).toBe(true))
+    expect(missing.accept(missing.hashes.length)).toBe(true)
+    const { steps } = kernels
+    missing.settle()
+    await runs[1]
+    expect(younger.tokens[0]).toEqual(expectedTokens(younger.spec, 0))
+    // One for each token that was left, since only those of its last block were to be computed.
+    expect(kernels.steps - steps).toBe(20 - drawn)
+    await runs[0]
+    expectIdle(engine, kernels)
+  })
+
+  it("computes what does not come", async () => {
+    const { engine, kernels, younger, runs, missing, take } = await returned()
+    expect(take(missing.from)).toBe(true)
+    missing.settle()
+    expect(() => take(missing.from)).toThrow("has given its blocks away")
+    expect(missing.accept(1)).toBe(false)
+    await Promise.all(runs)
+    expect(younger.tokens[0]).toEqual(expectedTokens(younger.spec, 0))
+    expectIdle(engine, kernels)
+  })
+
+  it("takes nothing more from the moment that it is cancelled", async () => {
+    const { engine, kernels, runs, missing, take } = await returned()
+    engine.cancel("younger")
+    expect(() => take(missing.from)).toThrow("has given its blocks away")
+    expect(missing.accept(1)).toBe(false)
+    missing.settle()
+    await Promise.all(runs)
+    expectIdle(engine, kernels)
+  })
+})
+
 describe("a crowd over fake kernels and a pool far too small for it", () => {
   let preemptions = 0
-  afterAll(() => expect(preemptions).toBeGreaterThan(40))
+  let restored = 0
+  afterAll(() => {
+    expect(preemptions).toBeGreaterThan(40)
+    expect(restored).toBeGreaterThan(10)
+  })
 
   it.each(upTo(40))("gives everybody the tokens they get alone and loses no block (seed %i)", async (seed) => {
     const random = randomNumbers(seed)
@@ -346,7 +437,25 @@ describe("a crowd over fake kernels and a pool far too small for it", () => {
     const fresh: Array<BlockHash> = []
     const kernels = new FakeKernels({ blocks: 12 + below(8), blockTokens: 4, context: 48 })
     if (random() < 0.5) kernels.pause = () => Promise.resolve()
-    const engine = new Engine(kernels, { name: "worker w0", maxBatch: 6, budget, events: { stored: (hash) => fresh.push(hash), removed: () => {} } })
+    /** Brings what is stored, sooner or later, or nothing; what gives way meanwhile takes nothing more. */
+    const bring = async (missing: ReturningKv): Promise<void> => {
+      for (let wait = below(6); wait > 0; wait--) await turn()
+      let blocks = 0
+      try {
+        for (const [i, hash] of missing.hashes.entries()) {
+          const bytes = store.get(hash)
+          if (bytes === undefined) break
+          missing.importLayers({ firstLayer: 0, layers: 1, firstBlock: missing.from + i, blocks: 1 }, bytes, 0, crc32c(bytes, 0))
+          blocks++
+          if (random() < 0.3) await turn()
+        }
+        if (blocks > 0 && missing.accept(blocks)) restored += blocks
+      } catch (error) {
+        expect((error as Fault).code).toBe("unavailable")
+      }
+      missing.settle()
+    }
+    const engine = new Engine(kernels, { name: "worker w0", maxBatch: 6, budget, events: { stored: (hash) => fresh.push(hash), removed: () => {} }, onReturn: (missing) => void bring(missing) })
     const generations: Array<Generation> = []
     const cut = new Set<Generation>() // cancelled, or ended by request
     const live = new Set<Generation>()

@@ -40,6 +40,8 @@ export class Generation {
   /** Called with each token, before anything else can happen. */
   onToken: (event: TokenEvent) => void = () => {}
   readonly #engine: Engine
+  /** Has blocks. */
+  isReserved = false
   #over = false
   #begun = false
 
@@ -61,6 +63,7 @@ export class Generation {
     engine.reserve(spec, {
       reserved: (prefixTokens) => {
         this.#alive()
+        this.isReserved = true
         resolveReserved(prefixTokens)
       },
       token: (event) => {

@@ -5,12 +5,10 @@
 import { Effect, Exit, Scope } from "effect"
 import { readEnv } from "../../config/env.ts"
 import type { NatsAddress, Topology } from "../../config/topology.ts"
-import type { Bus, Buses } from "../runtime/bus.ts"
-import { MemoryBus } from "../runtime/memory-bus.ts"
-import { connectBuses } from "../runtime/nats-bus.ts"
+import type { Bus } from "../runtime/bus.ts"
 import { supervise } from "../runtime/supervisor.ts"
-import { everyGeneration, inboxPrefix, namespaceOf } from "../messages/subjects.ts"
 import { Members } from "../presence/members.ts"
+import { joinNats, openBuses } from "./buses.ts"
 import { componentProcess } from "./component-process.ts"
 import { componentsOf, contextTokensOf, runComponent, type Component } from "./component.ts"
 import type { ResolvedModel } from "./fetch-model.ts"
@@ -43,7 +41,8 @@ export const node = (options: NodeOptions): Effect.Effect<RunningNode, WorkerErr
     const env = readEnv()
     const namespace = namespaceIn(options)
     const nats = yield* natsAddress(topology)
-    const buses = yield* connect(topology, nats)
+    const buses = yield* openBuses(topology.cluster)
+    if (nats !== undefined) yield* joinNats(buses, topology.cluster, nats)
     const members = yield* Members.listen(buses.control, namespace)
     const workers = new Map<string, RunningWorker>()
     const start = (component: Component) => {
@@ -73,16 +72,3 @@ const natsAddress = ({ bus }: Topology): Effect.Effect<NatsAddress | undefined, 
   if (!("spawn" in bus.nats)) return Effect.succeed(bus.nats)
   return superviseNatsServer({}).pipe(Effect.mapError((error) => new WorkerError(error.message)))
 }
-
-const connect = ({ cluster }: Topology, nats: NatsAddress | undefined): Effect.Effect<Buses, WorkerError, Scope.Scope> =>
-  Effect.acquireRelease(
-    Effect.tryPromise({
-      try: async (): Promise<Buses> => {
-        if (nats !== undefined) return connectBuses({ ...nats, name: "gateway g0", inboxPrefix: inboxPrefix(namespaceOf(cluster, everyGeneration), "gateway", "g0") })
-        const memory = new MemoryBus()
-        return { control: memory, bulk: memory }
-      },
-      catch: (error) => new WorkerError(error instanceof Error ? error.message : String(error)),
-    }),
-    ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])),
-  )

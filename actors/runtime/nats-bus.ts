@@ -47,12 +47,7 @@ export class NatsBus implements Bus {
     // Two connections of one process, or two lives of it, must not get each other's answers.
     this.#inboxPrefix = `${inboxPrefix}.${randomBytes(6).toString("hex")}`
     this.#maxPayloadBytes = connection.info?.max_payload ?? limits.maxPayloadBytes
-    connection.subscribe(`${this.#inboxPrefix}.>`, {
-      callback: (error, message) => {
-        if (error === null) withDelivery(message, (delivery) => this.#receive(delivery))
-        else this.#refusedInbox = error
-      },
-    })
+    this.subscribeBelow(this.#inboxPrefix, (delivery) => this.#receive(delivery), (error) => (this.#refusedInbox = error))
     void this.#watch()
     // The client gives up by itself only by a defect; then nobody should wait for it.
     void connection.closed().then(() => this.close())
@@ -117,6 +112,13 @@ export class NatsBus implements Bus {
     } catch (error) {
       throw refused("unavailable", error instanceof Error ? error.message : String(error))
     }
+  }
+
+  /** Receives what is sent to any subject that begins with `prefix` and a point. */
+  subscribeBelow(prefix: string, handler: (delivery: Delivery) => void, refused: (error: Error) => void = () => {}): Subscription {
+    const callback = (error: Error | null, message: Msg) => (error === null ? withDelivery(message, handler) : refused(error))
+    const subscription = this.#connection.subscribe(`${prefix}.>`, { callback })
+    return { unsubscribe: () => subscription.isClosed() || subscription.unsubscribe() }
   }
 
   /** Resolves when the server has taken all that was published and subscribed before. Rejects with a Fault when it cannot. */

@@ -1,14 +1,14 @@
 /**
  * `bench bus`: how long an ask takes from actor to actor and back, and how many messages a second get from a publisher to a
- * subscriber: over a nats-server between two processes, and over memory inside one.
+ * subscriber: over a nats-server between two processes, and over memory inside one, as `up` has it.
  */
 import { fileURLToPath } from "node:url"
 import { Effect, type Scope } from "effect"
 import { superviseNatsServer } from "../../actors/node/nats-server.ts"
-import { transferSubject } from "../../actors/messages/subjects.ts"
+import { inboxPrefix, transferSubject } from "../../actors/messages/subjects.ts"
+import { BridgeBus } from "../../actors/runtime/bridge-bus.ts"
 import type { Bus } from "../../actors/runtime/bus.ts"
 import { Link } from "../../actors/runtime/link.ts"
-import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
 import { NatsBus } from "../../actors/runtime/nats-bus.ts"
 import { namespace, connectBus, countedSubject, Ping, pingSubject, serveBus, type BusOrder } from "./bus-peer.ts"
 import { median, quantile, rounded, table } from "./figures.ts"
@@ -81,7 +81,7 @@ export const busFigures: Effect.Effect<{ readonly nats: BusFigures; readonly mem
   const peer = yield* peerProcess<BusOrder, void>(program)
   yield* Effect.promise(() => peer.ask({ nats }))
   const overNats = yield* Effect.acquireRelease(Effect.promise(() => connectBus(nats, "bench")), (bus) => Effect.promise(() => bus.close()))
-  const inMemory = new MemoryBus()
+  const inMemory = new BridgeBus({ inboxPrefix: inboxPrefix(namespace, "gateway", "bench") })
   yield* serveBus(inMemory)
   const [first, second] = yield* Effect.promise(() => measure([overNats, inMemory]))
   return { nats: first!, memory: second! }

@@ -6,6 +6,9 @@ export const limits = {
   topologyBytes: 64 * 1024,
   /** Most actors' messages waiting in one mailbox; the next is refused as overloaded. */
   mailboxMessages: 1024,
+  /** Senders whose latest incarnation an actor remembers, and for how long after its last word it refuses what an earlier one asks. */
+  fencedSenders: 4_096,
+  fenceMs: 60_000,
   /** Most streams (requests) an actor serves at once; the next is refused as overloaded. */
   actorStreams: 1024,
   /** Most bytes of one bus message, headers included: the default max_payload of a NATS server. */
@@ -52,12 +55,22 @@ export const limits = {
   heartbeatSilenceMs: 3_000,
   /** The scheduler's predicted load of a request that no worker knows of lapses after this. */
   placementLeaseMs: 30_000,
+  /** Prompts wait in the scheduler's queue once a worker has so much of them to compute, at the speed that it has measured … */
+  prefillQueueMs: 2_000,
+  /** … or so many tokens, before there was anything to measure. */
+  prefillQueueTokens: 2_048,
   /** Longest wait for a placement in the scheduler's queue. */
   placementDeadlineMs: 300_000,
   /** Longest time a request waits for a worker to come back before it fails. */
   recoveryDeadlineMs: 30_000,
   /** Most placements of one request, the first included. */
   placementAttempts: 4,
+  /** Most times that one request is given away by its worker, or its request actor, and placed again at once … */
+  movesPerRequest: 64,
+  /** … while the KV that a worker has given away is not fetched, the worker waits so long for it before it ends. */
+  movedKvMs: 300,
+  /** Time that an actor has to give away what it does when it is told to end. */
+  leaveDeadlineMs: 1_000,
   /** What a refused client is asked to wait before it tries again. */
   retryAfterMs: 1_000,
   /** Tokens (rows) of one engine step: decode rows first, then prefill chunks up to this. */
@@ -206,6 +219,7 @@ export const limits = {
 
 const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.streamKeepAliveMs * 3 <= limits.streamSilenceMs, "streamKeepAliveMs * 3 <= streamSilenceMs"],
+  [limits.streamSilenceMs * 2 <= limits.fenceMs, "streamSilenceMs * 2 <= fenceMs"],
   [limits.heartbeatIntervalMs * 3 <= limits.heartbeatSilenceMs, "heartbeatIntervalMs * 3 <= heartbeatSilenceMs"],
   [limits.maxPayloadBytes <= limits.busConfirmBytes, "maxPayloadBytes <= busConfirmBytes"],
   [limits.busConfirmBytes * 16 <= limits.busPendingBytes, "busConfirmBytes * 16 <= busPendingBytes"],
@@ -229,9 +243,12 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   // A supervisor kills a process after half of it.
   [limits.storeFlushDeadlineMs * 2 < limits.shutdownDeadlineMs, "storeFlushDeadlineMs * 2 < shutdownDeadlineMs"],
   [limits.storeDeadlineMs * 2 <= limits.storePutDeadlineMs, "storeDeadlineMs * 2 <= storePutDeadlineMs"],
+  [limits.leaveDeadlineMs * 2 < limits.shutdownDeadlineMs, "leaveDeadlineMs * 2 < shutdownDeadlineMs"],
+  [limits.movedKvMs * 2 < limits.leaveDeadlineMs, "movedKvMs * 2 < leaveDeadlineMs"],
   [limits.storePeerDeadlineMs * 2 < limits.storeDeadlineMs, "storePeerDeadlineMs * 2 < storeDeadlineMs"],
   [limits.streamWindowFrames <= limits.streamBacklogFrames, "streamWindowFrames <= streamBacklogFrames"],
   [limits.placementDeadlineMs <= limits.requestDeadlineMs, "placementDeadlineMs <= requestDeadlineMs"],
+  [limits.stepTokens <= limits.prefillQueueTokens, "stepTokens <= prefillQueueTokens"],
   [limits.maxBatch <= limits.mixedStepTokens, "maxBatch <= mixedStepTokens"],
   [limits.mixedStepTokens <= limits.stepTokens, "mixedStepTokens <= stepTokens"],
   [limits.maxBatch <= limits.stepOutputs, "maxBatch <= stepOutputs"],

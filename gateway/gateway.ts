@@ -63,7 +63,7 @@ export const gateway = (options: GatewayOptions): Effect.Effect<{ readonly url: 
   Effect.gen(function* () {
     const bounds = { ...defaultBounds, ...options.bounds }
     const context: GatewayContext = {
-      link: new Link(options.bus, "gateway", Date.now()),
+      link: new Link(options.bus, "gateway", 0), // several may serve at once, and none is an earlier one of another
       namespace: options.namespace,
       model: options.model,
       keys: yield* Effect.try({ try: () => keysFor(options), catch: (error) => error as GatewayError }),

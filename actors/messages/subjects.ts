@@ -68,9 +68,6 @@ const conversations: ReadonlyArray<Conversation> = [
 /** Who moves KV: transfers have subjects of their own, and each of these may be at either end. */
 const movesKv: ReadonlySet<ProcessKind> = new Set(["worker", "kv-store"])
 
-/** Who listens to what is said about who serves; every process but the gateway says so. */
-const watchesPresence: ReadonlySet<ProcessKind> = new Set(["gateway", "request", "kv-store", "worker"])
-
 export interface Permissions {
   readonly publish: ReadonlyArray<string>
   readonly subscribe: ReadonlyArray<string>
@@ -96,7 +93,7 @@ export const permissions = (cluster: string, kind: ProcessKind, id = "*"): Permi
       ...actorKinds.filter((actor) => processOf[actor] === kind).flatMap((actor) => [...new Set([id, anyId])].map((at) => subject(namespace, actor, at, "*"))),
       `${inboxPrefix(namespace, kind, id)}.>`,
       ...transfers,
-      ...(watchesPresence.has(kind) ? [presenceSubject(namespace)] : []),
+      presenceSubject(namespace), // who serves
     ],
   }
 }

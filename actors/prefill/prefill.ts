@@ -70,7 +70,11 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
         totals.fallbacks++ // another worker was to compute it, and has failed
         receiving.stop()
       }
-      yield* fetchPrefix({ link, buses, namespace, worker, missing: engine.missingKv(transfer.id), holder })
+      const fetch = (nth: number) => fetchPrefix({ link, buses, namespace, worker, missing: engine.missingKv(transfer.id, nth), holder })
+      yield* fetch(0)
+      // Choices that have parted each lack their own, and share what the first one has got.
+      const others = Array.from({ length: Math.max(0, engine.partedChoices(transfer.id) - 1) }, (_, i) => i + 1)
+      yield* Effect.forEach(others, fetch, { concurrency: "unbounded", discard: true })
       yield* compute(transfer.id, writer, counts, {})
     })
 

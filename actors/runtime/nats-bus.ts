@@ -108,7 +108,10 @@ export class NatsBus implements Bus {
     }
     try {
       const subscription = this.#connection.subscribe(subject, queue === undefined ? { callback } : { callback, queue })
-      return { unsubscribe: () => subscription.isClosed() || subscription.unsubscribe() }
+      return {
+        unsubscribe: () => subscription.isClosed() || subscription.unsubscribe(),
+        drain: () => subscription.isClosed() || subscription.isDraining() || void subscription.drain().catch(() => {}),
+      }
     } catch (error) {
       throw refused("unavailable", error instanceof Error ? error.message : String(error))
     }

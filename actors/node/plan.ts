@@ -5,7 +5,7 @@
 import { roles, type Role } from "../../config/topology.ts"
 import { differences, keyOf, sameSettings, type PlannedComponent, type Settings, type System } from "./system.ts"
 
-/** Steps of the same type that follow each other may be done at once, but for restarts. */
+/** What follows each other of `atOnce` may be done at once; everything else is done in its order. */
 export type Step =
   | { readonly type: "attach-bus"; readonly bus: string }
   | { readonly type: "start"; readonly component: PlannedComponent }
@@ -47,6 +47,15 @@ export const describe = (step: Step): string => {
       return `leave NATS (${step.bus})`
   }
 }
+
+/** Which of the steps that may be done at once it belongs to; undefined: it is done alone. */
+export const atOnce = (step: Step): "beginning" | "draining" | undefined => {
+  if (step.type === "start" || (step.type === "restart" && isTwiceForAMoment(step.component))) return "beginning"
+  return step.type === "drain" ? "draining" : undefined
+}
+
+/** Has nothing of its own that two could not have. */
+export const isTwiceForAMoment = ({ kind }: Pick<PlannedComponent, "kind">): boolean => kind === "request" || kind === "scheduler"
 
 const nameOf = ({ kind, id, roles }: PlannedComponent): string => (kind === "worker" ? `worker ${id} (${roleText(roles)})` : `${kind} ${id}`)
 
@@ -101,7 +110,7 @@ export const plan = (actual: System, wanted: System): ReadonlyArray<Step> => {
 
   const steps: Array<Step> = []
   if (wanted.bus !== undefined && actual.bus === undefined) steps.push({ type: "attach-bus", bus: wanted.bus })
-  steps.push(...start, ...widen, ...revive, ...byKind(restart, ["scheduler", "worker", "kv-store", "request"]))
+  steps.push(...start, ...byKind(restart, ["scheduler", "request"]), ...widen, ...revive, ...byKind(restart, ["worker", "kv-store"]))
   if (wanted.generation !== undefined && actual.generation?.id !== generation) {
     steps.push({ type: "switch-generation", from: actual.generation?.id, to: wanted.generation.id, label: wanted.generation.label })
   }

@@ -181,8 +181,8 @@ describe("a plan", () => {
       "start worker p0 (prefill) in a process of its own",
       "start worker d0 (decode) in a process of its own",
       "restart scheduler s0: into a process of its own",
-      "restart kv-store k0: into a process of its own",
       "restart request r0: into a process of its own",
+      "restart kv-store k0: into a process of its own",
       "drain worker w0: what runs there goes on elsewhere",
       "stop worker w0",
     ])

@@ -151,9 +151,15 @@ export const limits = {
   storeLowWatermark: 0.9,
   /** … and so many at once at most, beyond what it needs. */
   storeEvictionBatch: 1_024,
-  /** Share of a tier's bytes that may be pinned, and for how long a pin lasts at most. */
+  /** Share of a tier's bytes that may be pinned, by all and by one tenant, and for how long a pin lasts at most. */
   storePinShare: 0.5,
+  storePinTenantShare: 0.25,
   storePinMs: 3_600_000,
+  /** What a KV store remembers of pins: who wants blocks kept, and how many blocks, here or not. */
+  storePinOwners: 4_096,
+  storePinnedBlocks: 262_144,
+  /** How long the KV of a conversation is kept after a turn of it, unless the next one comes or its connection closes. */
+  conversationPinMs: 300_000,
   /** Blocks that one message of a KV store names at most. */
   storeMessageBlocks: 65_536,
   /** Bytes of blocks that wait to be written to disk; more are not, which costs a miss once they have left the memory. */
@@ -250,6 +256,9 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.kvProgressIntervalMs * 10 <= limits.kvSilenceMs, "kvProgressIntervalMs * 10 <= kvSilenceMs"],
   [limits.storeLowWatermark < limits.storeHighWatermark, "storeLowWatermark < storeHighWatermark"],
   [limits.storeHighWatermark <= 1, "storeHighWatermark <= 1"],
+  [limits.storePinTenantShare <= limits.storePinShare, "storePinTenantShare <= storePinShare"],
+  [limits.conversationPinMs <= limits.storePinMs, "conversationPinMs <= storePinMs"],
+  [limits.storeMessageBlocks <= limits.storePinnedBlocks, "storeMessageBlocks <= storePinnedBlocks"],
   [limits.storePinShare < limits.storeLowWatermark, "storePinShare < storeLowWatermark"],
   [limits.storeFlushDeadlineMs + limits.busDrainDeadlineMs < limits.shutdownDeadlineMs, "storeFlushDeadlineMs + busDrainDeadlineMs < shutdownDeadlineMs"],
   // A supervisor kills a process after half of it.

@@ -101,7 +101,7 @@ const gateway = Schema.Struct({
 const scheduler = Schema.Struct({
   policy: key("How a worker is chosen for a request.", oneOf(["random", "round-robin", "least-loaded", "cache-aware", "kv-centric"]), "cache-aware"),
   admission: key("Whether a request is refused early where `objectives` would be missed.", oneOf(["none", "early-rejection", "predicted-early-rejection"]), "none"),
-  queue: key("Requests that may wait for a place; the next is answered 429.", integer(1, 1_000_000), 256),
+  queue: key("How many may wait for a place; the next is answered 429.", integer(1, 1_000_000, "requests"), 256),
   objectives: optionalKey(
     "What `admission` protects.",
     Schema.Struct({
@@ -114,9 +114,9 @@ const scheduler = Schema.Struct({
 })
 
 const kv = Schema.Struct({
-  blocks: key("Blocks of the pool; `auto` is a quarter of the free memory, at most 2 GiB.", autoOr(1, 2 ** 24), "auto"),
-  dtype: key("What keys and values are kept in; one for all workers.", oneOf(["f16", "int8", "int4"]), "f16"),
-  blockTokens: key("Tokens of a block; one for all workers.", integer(1, 1024), 16)
+  blocks: key("How large the pool is; `auto` is a quarter of its share of the free memory, at most 2 GiB.", autoOr(1, 2 ** 24, "blocks"), "auto"),
+  dtype: key("What keys and values are kept in: `int8` has 1.88 times the tokens in the same memory, `int4` 3.56 times, much less exact; one for all workers.", oneOf(["f16", "int8", "int4"]), "f16"),
+  blockTokens: key("How large a block is; one for all workers.", integer(1, 1024, "tokens"), 16)
 })
 
 /** Keys and values of labels: of a worker, and of the nodes that it may run on. */
@@ -134,19 +134,19 @@ const worker = Schema.Struct({
   roles: key("What it does; over all workers each role is somebody's.", listOf("roles", roles), ["prefill", "decode"]),
   labels: key("What the node that it runs on must be labelled with, all of it.", labels, {}),
   device: key("Where it computes.", text("cpu, cuda or cuda:N", /^(cpu|cuda(:\d{1,3})?)$/, { examples: ["cpu", "cuda", "cuda:0"] }), "cpu"),
-  threads: key("Threads that compute; `auto` shares the machine's cores among its workers.", autoOr(1, 1024), "auto"),
+  threads: key("How many compute; `auto` is PENSTOCK_THREADS, or else all cores of the machine.", autoOr(1, 1024, "threads"), "auto"),
   kv: key("Its KV pool.", kv, {}),
-  maxBatch: key("Most sequences that it decodes at once.", integer(1, limits.maxBatch), 32)
+  maxBatch: key("How many it decodes at once at most.", integer(1, limits.maxBatch, "sequences"), 32)
 })
 
 const kvStore = Schema.Struct({
   replicas: key("KV stores of the cluster.", integer(1, 64), 1),
-  memory: key("Blocks that each store keeps in memory.", bytes, "256MiB"),
+  memory: key("How much each store keeps in memory.", bytes, "256MiB"),
   disk: key(
     "What each store keeps on disk.",
     Schema.Struct({
-      path: key("A folder, in which each store has its own, from the topology file's; `auto` is in PENSTOCK_HOME, by the cluster's name.", text("auto or the path of a folder", /./), "auto"),
-      size: key("Blocks that each store keeps there; 0B for no disk.", bytes, "2GiB")
+      path: key("A folder, in which each store has its own, from the topology file's folder on; `auto` is in PENSTOCK_HOME, by the cluster's name.", text("auto or the path of a folder", /./), "auto"),
+      size: key("How much each store keeps there; 0B for no disk.", bytes, "2GiB")
     }),
     {}
   ),

@@ -61,8 +61,11 @@ export const inputMessages = (input: ResponsesRequest["input"]): ReadonlyArray<C
 
 const instructionsOf = ({ instructions }: ResponsesRequest): string | undefined => instructions ?? undefined
 
-/** What is asked for; `earlier` is the turn that it goes on from. Throws an ApiError 400 or 404. */
-export const responsesOrder = (gateway: GatewayContext, call: Pick<Call, "tenant">, id: string, body: ResponsesRequest, earlier: Turn | undefined): GenerateOrder => {
+/** A conversation is named by its first response. */
+export const conversationOf = (id: string, earlier: Turn | undefined): string => earlier?.conversation ?? id
+
+/** What is asked for; `earlier` is the turn that it goes on from, `isKept` whether another can go on from it. Throws an ApiError 400 or 404. */
+export const responsesOrder = (gateway: GatewayContext, call: Pick<Call, "tenant">, id: string, body: ResponsesRequest, { earlier, isKept }: { readonly earlier: Turn | undefined; readonly isKept: boolean }): GenerateOrder => {
   checkModel(gateway, body.model)
   refuseTools(body)
   refuseFormat("text.format", body.text?.format)
@@ -88,16 +91,18 @@ export const responsesOrder = (gateway: GatewayContext, call: Pick<Call, "tenant
     maxTokens: body.generate === false ? 0 : (body.max_output_tokens ?? undefined),
     logprobs: (body.include ?? []).includes(logprobsInclude) ? (body.top_logprobs ?? 0) : undefined,
     promptLogprobs: false,
+    conversation: isKept ? conversationOf(id, earlier) : undefined,
   }
 }
 
 /** The conversation once it is answered; the ids are those of the prompt and of the answer. */
-export const turnAfter = (gateway: Pick<GatewayContext, "model">, earlier: Turn | undefined, body: ResponsesRequest, answer: { readonly text: string; readonly finish: FinishReason; readonly tokens: Uint8Array }): Turn => {
+export const turnAfter = (gateway: Pick<GatewayContext, "model">, id: string, earlier: Turn | undefined, body: ResponsesRequest, answer: { readonly text: string; readonly finish: FinishReason; readonly tokens: Uint8Array }): Turn => {
   const asked = [...(earlier?.messages ?? []), ...inputMessages(body.input)]
-  if (body.generate === false) return { messages: asked, answered: earlier?.answered }
+  const conversation = conversationOf(id, earlier)
+  if (body.generate === false) return { conversation, messages: asked, answered: earlier?.answered }
   const messages = [...asked, { role: "assistant", content: answer.text }]
   // What a stop of the client's own has ended was drawn further than its text goes.
   const stops = (body.stop ?? []).length > 0 || (body.stop_token_ids ?? []).length > 0
   const answered = stops && answer.finish === "stop" ? earlier?.answered : { tokens: answer.tokens, model: gateway.model.digest, messages: messages.length, instructions: instructionsOf(body) }
-  return { messages, answered }
+  return { conversation, messages, answered }
 }

@@ -11,6 +11,7 @@ import { openBatch } from "./answer.ts"
 import { attempt, parseJson, type GatewayContext } from "./call.ts"
 import { asApiError, clientGone, fromFault, internalError, invalid, reportDefect } from "./errors.ts"
 import type { Stop } from "./admission.ts"
+import { endConversations } from "./end-conversations.ts"
 import type { Batch } from "./generation.ts"
 import { previousNotFound } from "./responses.ts"
 import { errorEvent, ResponseEvents, responseId, type Ended, type ResponseEvent } from "./responses-events.ts"
@@ -32,6 +33,8 @@ export class ResponsesSocket {
   readonly #queue: Array<string> = []
   /** Its own last responses, those with store: false too. */
   readonly #turns = new Turns({ count: limits.webSocketTurns, bytes: limits.webSocketTurnBytes, lifetimeMs: Number.POSITIVE_INFINITY })
+  /** Those that went on here, the latest last. */
+  readonly #conversations = new Set<string>()
   readonly #deleted: () => void
   readonly #pings: NodeJS.Timeout
   #unanswered = 0 // pings since the client was last heard of
@@ -104,7 +107,7 @@ export class ResponsesSocket {
       if (type !== "response.create") throw invalid("type", 'expected "response.create"')
       const body = decodeResponses(message)
       const earlier = this.#earlier(body.previous_response_id ?? undefined)
-      return { body, earlier, order: responsesOrder(gateway, this.#peer, id, body, earlier) }
+      return { body, earlier, order: responsesOrder(gateway, this.#peer, id, body, { earlier, isKept: true }) }
     })
     const onStop = (stop: Stop) => {
       this.#stop = stop
@@ -125,9 +128,19 @@ export class ResponsesSocket {
   }
 
   #keep(gateway: GatewayContext, id: string, earlier: Turn | undefined, body: ResponsesRequest, ended: Ended): void {
-    const turn = turnAfter(gateway, earlier, body, ended)
+    const turn = turnAfter(gateway, id, earlier, body, ended)
+    this.#goesOn(turn.conversation)
     this.#turns.add(id, turn)
     if (body.store !== false) gateway.stored.add(this.#peer.tenant, id, { ...turn, response: JSON.stringify(ended.response) })
+  }
+
+  #goesOn(conversation: string): void {
+    this.#conversations.delete(conversation)
+    const { value: oldest } = this.#conversations.size < limits.webSocketTurns ? { value: undefined } : this.#conversations.values().next()
+    this.#conversations.add(conversation)
+    if (oldest === undefined) return
+    this.#conversations.delete(oldest)
+    endConversations(this.#current(), this.#peer.tenant, [oldest])
   }
 
   async #stream(batch: Batch, events: ResponseEvents): Promise<void> {
@@ -167,6 +180,7 @@ export class ResponsesSocket {
   #close(): void {
     clearInterval(this.#pings)
     this.#deleted()
+    endConversations(this.#current(), this.#peer.tenant, this.#conversations)
     this.#queue.length = 0
     this.#stop?.(clientGone)
   }

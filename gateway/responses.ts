@@ -8,6 +8,7 @@ import { ApiError, invalid, notSupported } from "./errors.ts"
 import type { Batch } from "./generation.ts"
 import { errorEvent, ResponseEvents, responseId } from "./responses-events.ts"
 import { decodeResponses, responsesOrder, turnAfter } from "./responses-request.ts"
+import { endConversations } from "./end-conversations.ts"
 import { sseEvent } from "./sse.ts"
 
 const keptFor = ({ stored }: GatewayContext): string => `a completed response is kept for ${stored.lifetimeMs / 60_000} minutes (a tenant's last ${limits.storedResponses} at most), and with store: false not at all`
@@ -23,7 +24,7 @@ export const responses: Handler = Effect.fnUntraced(function* (gateway, call) {
     const previous = body.previous_response_id ?? undefined
     const earlier = previous === undefined ? undefined : gateway.stored.get(call.tenant, previous)
     if (previous !== undefined && earlier === undefined) throw previousNotFound(gateway, previous)
-    return { body, earlier, order: responsesOrder(gateway, call, id, body, earlier) }
+    return { body, earlier, order: responsesOrder(gateway, call, id, body, { earlier, isKept: body.store !== false }) }
   })
   const batch = yield* openBatch(gateway, call, id, [order])
   const events = new ResponseEvents({
@@ -32,7 +33,7 @@ export const responses: Handler = Effect.fnUntraced(function* (gateway, call) {
     model: gateway.model.id,
     withLogprobs: order.logprobs !== undefined,
     ended: (ended) => {
-      if (body.store !== false) gateway.stored.add(call.tenant, id, { ...turnAfter(gateway, earlier, body, ended), response: JSON.stringify(ended.response) })
+      if (body.store !== false) gateway.stored.add(call.tenant, id, { ...turnAfter(gateway, id, earlier, body, ended), response: JSON.stringify(ended.response) })
     },
   })
   if (body.stream === true) return yield* streamBatch(gateway, call, batch, responsesStream(events))
@@ -52,7 +53,10 @@ export const oneResponse: Handler = (gateway, call) =>
 
 export const deleteResponse: Handler = (gateway, call) =>
   attempt(() => {
-    if (!gateway.stored.delete(call.tenant, call.rest)) throw responseNotFound(gateway, call.rest)
+    const turn = gateway.stored.get(call.tenant, call.rest)
+    if (turn === undefined) throw responseNotFound(gateway, call.rest)
+    gateway.stored.delete(call.tenant, call.rest)
+    endConversations(gateway, call.tenant, [turn.conversation])
     return json(200, { id: call.rest, object: "response", deleted: true })
   })
 

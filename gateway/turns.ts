@@ -2,6 +2,8 @@
 import type { ChatMessage } from "../actors/messages/request.ts"
 
 export interface Turn {
+  /** Names it over all its turns. */
+  readonly conversation: string
   /** The conversation, without the instructions, which hold for one response only. */
   readonly messages: ReadonlyArray<ChatMessage>
   /** The ids of its beginning, as it was prompted and answered last. */

@@ -5,6 +5,7 @@
  */
 import { limits } from "../../config/limits.ts"
 import { EvictionQueue, type Eviction, type Kept } from "./eviction.ts"
+import type { Pin } from "./pins.ts"
 
 export interface BlockIndexOptions<V> {
   readonly capacityBytes: number
@@ -13,6 +14,8 @@ export interface BlockIndexOptions<V> {
   readonly onEvict?: (value: V) => void
   /** Milliseconds, for the ends of pins. */
   readonly now?: () => number
+  /** Whether a block that comes is to be pinned. */
+  readonly pinOf?: (key: string) => Pin | undefined
 }
 
 export interface Lease<V> {
@@ -34,6 +37,8 @@ interface Entry<V> extends NewBlock<V>, Kept {
   usedAt: number
   leases: number
   pinnedUntilMs: number
+  /** On whose account it is pinned. */
+  pinnedFor: string
   /** In the queue of what may be given up; -1: not in it. */
   place: number
 }
@@ -44,7 +49,7 @@ export class BlockIndex<V> {
   readonly #entries = new Map<string, Entry<V>>()
   readonly #evictable: EvictionQueue<Entry<V>>
   readonly #pinned = new Set<Entry<V>>()
-  #pinnedBytes = 0
+  readonly #pinnedBytes = new Map<string, number>() // by tenant
   #bytes = 0
   #reservedBytes = 0
   #clock = 0
@@ -63,6 +68,12 @@ export class BlockIndex<V> {
 
   get size(): number {
     return this.#entries.size
+  }
+
+  get pinnedBytes(): number {
+    let sum = 0
+    for (const bytes of this.#pinnedBytes.values()) sum += bytes
+    return sum
   }
 
   has(key: string): boolean {
@@ -105,21 +116,25 @@ export class BlockIndex<V> {
     return { value: entry.value, release }
   }
 
-  /** Keeps a block here until then; a time that has passed unpins it. False where it is not here, or too much is pinned. */
-  pin(key: string, untilMs: number): boolean {
+  /** Keeps a block here until then, or lets it go. False where it is not here, or too much is pinned, in all or for this tenant. */
+  pin(key: string, pin: Pin | undefined): boolean {
     const entry = this.#entries.get(key)
     if (entry === undefined) return false
     this.#unpinExpired()
-    if (untilMs <= this.#now()) {
+    if (pin === undefined || pin.untilMs <= this.#now()) {
       this.#unpin(entry)
-    } else {
-      const more = this.#pinned.has(entry) ? 0 : entry.bytes
-      if (this.#pinnedBytes + more > this.capacityBytes * limits.storePinShare) return false
-      this.#pinnedBytes += more
+      return true
+    }
+    if (!this.#pinned.has(entry)) {
+      const ofTenant = (this.#pinnedBytes.get(pin.tenant) ?? 0) + entry.bytes
+      const ofAll = this.pinnedBytes + entry.bytes
+      if (ofAll > this.capacityBytes * limits.storePinShare || ofTenant > this.capacityBytes * limits.storePinTenantShare) return false
+      this.#pinnedBytes.set(pin.tenant, ofTenant)
       this.#pinned.add(entry)
-      entry.pinnedUntilMs = untilMs
+      entry.pinnedFor = pin.tenant
       this.#evictable.remove(entry)
     }
+    entry.pinnedUntilMs = pin.untilMs
     return true
   }
 
@@ -140,10 +155,12 @@ export class BlockIndex<V> {
     const usedAt = block.usedAt ?? ++this.#clock
     if (this.use(block.key, usedAt) !== undefined) return true
     if (!this.#makeRoom(block.bytes)) return false
-    const entry: Entry<V> = { ...block, uses: 0, usedAt, leases: 0, pinnedUntilMs: 0, place: -1 }
+    const entry: Entry<V> = { ...block, uses: 0, usedAt, leases: 0, pinnedUntilMs: 0, pinnedFor: "", place: -1 }
     this.#entries.set(block.key, entry)
     this.#bytes += block.bytes
     this.#evictable.add(entry)
+    const pin = this.#options.pinOf?.(block.key)
+    if (pin !== undefined) this.pin(block.key, pin)
     return true
   }
 
@@ -161,7 +178,10 @@ export class BlockIndex<V> {
     const entries = [...this.#entries.values()]
     const sum = (of: ReadonlyArray<Entry<V>>) => of.reduce((bytes, entry) => bytes + entry.bytes, 0)
     if (sum(entries) !== this.#bytes) throw new Error(`${sum(entries)} bytes are here, ${this.#bytes} are counted`)
-    if (sum([...this.#pinned]) !== this.#pinnedBytes) throw new Error(`${sum([...this.#pinned])} bytes are pinned, ${this.#pinnedBytes} are counted`)
+    for (const tenant of new Set([...this.#pinnedBytes.keys(), ...[...this.#pinned].map(({ pinnedFor }) => pinnedFor)])) {
+      const pinned = sum([...this.#pinned].filter(({ pinnedFor }) => pinnedFor === tenant))
+      if (pinned === 0 || pinned !== this.#pinnedBytes.get(tenant)) throw new Error(`${pinned} bytes are pinned for ${tenant}, ${this.#pinnedBytes.get(tenant)} are counted`)
+    }
     if (this.#bytes + this.#reservedBytes > this.capacityBytes) throw new Error(`${this.#bytes} bytes and ${this.#reservedBytes} reserved are more than ${this.capacityBytes}`)
     const free = entries.filter((entry) => entry.leases === 0 && !this.#pinned.has(entry))
     if (free.length !== this.#evictable.size || free.some(({ place }) => place < 0)) throw new Error(`${free.length} blocks may be given up, ${this.#evictable.size} are in the queue`)
@@ -197,7 +217,9 @@ export class BlockIndex<V> {
 
   #unpin(entry: Entry<V>): void {
     if (!this.#pinned.delete(entry)) return
-    this.#pinnedBytes -= entry.bytes
+    const left = this.#pinnedBytes.get(entry.pinnedFor)! - entry.bytes
+    if (left === 0) this.#pinnedBytes.delete(entry.pinnedFor)
+    else this.#pinnedBytes.set(entry.pinnedFor, left)
     this.#settle(entry)
   }
 

@@ -10,6 +10,7 @@ import { BlockIndex } from "./block-index.ts"
 import type { DiskTier } from "./disk-tier.ts"
 import type { Eviction } from "./eviction.ts"
 import { sameLayout, type StoredFormat } from "./formats.ts"
+import { Pins } from "./pins.ts"
 import { blockKey } from "./shelves.ts"
 
 export interface PutBlock {
@@ -38,11 +39,12 @@ export class BlockTiers {
   /** Where there is one now. */
   disk: DiskTier | undefined
   readonly memory: BlockIndex<InMemory>
+  readonly pins = new Pins()
   #clock = 0
   readonly #counts: Readonly<Record<"memory" | "disk", Counts>> = { memory: { hits: 0, misses: 0 }, disk: { hits: 0, misses: 0 } }
 
   constructor(options: { readonly memoryBytes: number; readonly eviction: Eviction }) {
-    this.memory = new BlockIndex({ capacityBytes: options.memoryBytes, eviction: options.eviction })
+    this.memory = new BlockIndex({ capacityBytes: options.memoryBytes, eviction: options.eviction, pinOf: (key) => this.pins.of(key) })
   }
 
   has(key: string): boolean {
@@ -73,10 +75,15 @@ export class BlockTiers {
     })
   }
 
-  /** Keeps a block until then where it is; a time that has passed lets it go. */
-  pin(key: string, untilMs: number): boolean {
-    const inMemory = this.memory.pin(key, untilMs)
-    return this.disk?.index.pin(key, untilMs) === true || inMemory
+  /** Has an owner's blocks kept until then, those that are here and those that come; a time that has passed lets them go. */
+  pin(owner: string, tenant: string, keys: ReadonlyArray<string>, untilMs: number): ReadonlyArray<boolean> {
+    const isPinned = new Set<string>()
+    for (const key of this.pins.set(owner, tenant, keys, untilMs)) {
+      const pin = this.pins.of(key)
+      const inMemory = this.memory.pin(key, pin)
+      if ((this.disk?.index.pin(key, pin) === true || inMemory) && pin !== undefined) isPinned.add(key)
+    }
+    return keys.map((key) => isPinned.has(key))
   }
 
   /** Somebody looked for these to have them sent, and they are nowhere. */

@@ -8,7 +8,7 @@ import { join } from "node:path"
 import { takeLock, type Release } from "../../config/folder-lock.mjs"
 import { limits } from "../../config/limits.ts"
 import type { BlockHash } from "../messages/hashes.ts"
-import { BlockIndex, type Lease } from "./block-index.ts"
+import { BlockIndex, type BlockIndexOptions, type Lease } from "./block-index.ts"
 import type { Eviction } from "./eviction.ts"
 import type { StoredFormat } from "./formats.ts"
 import { blockKey, Shelves, type Place } from "./shelves.ts"
@@ -18,6 +18,7 @@ export interface DiskTierOptions {
   readonly folder: string
   readonly capacityBytes: number
   readonly eviction: Eviction
+  readonly pinOf?: BlockIndexOptions<unknown>["pinOf"]
   readonly warn: (message: string) => void
 }
 

@@ -49,7 +49,7 @@ export interface RunningStore {
 type HaveMessage = BlocksMessage & { readonly toFetch?: boolean | undefined }
 type GetMessage = BlocksMessage & StoredFormat & { readonly transferId: string; readonly firstBlock: number; readonly creditBytes: number }
 type PutMessage = BlocksMessage & StoredFormat & { readonly depths?: ReadonlyArray<number> | undefined }
-type PinMessage = BlocksMessage & { readonly leaseMs: number }
+type PinMessage = BlocksMessage & { readonly owner: string; readonly tenant: string; readonly leaseMs: number }
 
 /** Runs a KV store until the Scope closes. */
 export const kvStoreActor = (options: KvStoreOptions): Effect.Effect<RunningStore, never, Scope.Scope> =>
@@ -57,7 +57,7 @@ export const kvStoreActor = (options: KvStoreOptions): Effect.Effect<RunningStor
     const { link, buses, namespace, id, memoryBytes, disk } = options
     const eviction = evictions[options.eviction ?? "lru"]
     const tiers = new BlockTiers({ memoryBytes, eviction })
-    if (disk !== undefined) yield* attachDisk(tiers, { folder: disk.folder, capacityBytes: disk.bytes, eviction, warn: (message) => console.error(`${link.sender}: ${message}`) })
+    if (disk !== undefined) yield* attachDisk(tiers, { folder: disk.folder, capacityBytes: disk.bytes, eviction, pinOf: (key) => tiers.pins.of(key), warn: (message) => console.error(`${link.sender}: ${message}`) })
     const peers = new Peers({ link, buses, namespace, id, members: options.members })
     const formats = new Formats(link.sender)
     const coming = new Set<string>() // keys that an open put brings: what prefill and decode both have is sent once
@@ -190,7 +190,7 @@ export const kvStoreActor = (options: KvStoreOptions): Effect.Effect<RunningStor
         return { wanted: named.map((_, i) => keep.includes(i)), transferId, creditBytes: limits.kvWindowBytes }
       }).pipe(Effect.withSpan(spans.kvStorePut, { kind: "server", attributes: messageAttributes(link, subject(namespace, "kv-store", anyId, Put.verb)) }))
 
-    const pinHere = (message: PinMessage) => ({ pinned: keys(message).map((key) => tiers.pin(key, performance.now() + message.leaseMs)) })
+    const pinHere = (message: PinMessage) => ({ pinned: tiers.pin(message.owner, message.tenant, keys(message), message.leaseMs === 0 ? 0 : performance.now() + message.leaseMs) })
     const pinAnywhere = (message: PinMessage) =>
       Effect.map(peers.askAll(Pin, message), (answers) => ({ pinned: pinHere(message).pinned.map((is, i) => is || answers.some(({ answer }) => answer.pinned[i] === true)) }))
 

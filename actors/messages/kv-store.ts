@@ -64,8 +64,11 @@ export const Put = defineAsk(
   Schema.Struct({ wanted: Schema.Array(Schema.Boolean), transferId: TransferId, creditBytes: CreditBytes }),
 )
 
+const name = Schema.String.check(Schema.isMaxLength(256))
+
 /**
- * Keeps blocks from being evicted for so long, wherever they are now; 0 lets them go. A pin ends with the process of the
- * store. False where a block is nowhere, or too much is pinned already.
+ * Keeps blocks from being evicted for so long, those that are there and those that come, in place of what this owner of the tenant
+ * wanted kept before; 0 lets all of it go. A pin ends with the process of the store. Answers which of the blocks are there and
+ * pinned: not where too much is already, in all or by the tenant.
  */
-export const Pin = defineAsk("pin", Schema.Struct({ ...Blocks, leaseMs: Schema.Int.check(Schema.isBetween({ minimum: 0, maximum: limits.storePinMs })) }), Schema.Struct({ pinned: Schema.Array(Schema.Boolean) }))
+export const Pin = defineAsk("pin", Schema.Struct({ ...Blocks, owner: name, tenant: name, leaseMs: Schema.Int.check(Schema.isBetween({ minimum: 0, maximum: limits.storePinMs })) }), Schema.Struct({ pinned: Schema.Array(Schema.Boolean) }))

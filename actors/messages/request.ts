@@ -3,7 +3,7 @@
  */
 import { Schema } from "effect"
 import { limits } from "../../config/limits.ts"
-import { defineAsk, defineStream, pack, readFrame, unpack } from "../runtime/codec.ts"
+import { defineAsk, defineStream, defineTell, pack, readFrame, unpack } from "../runtime/codec.ts"
 import { Sampling } from "./sampling.ts"
 
 const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
@@ -50,11 +50,16 @@ export const GenerateMessage = Schema.Struct({
   logprobs: Schema.optional(Schema.Int.check(Schema.isBetween({ minimum: 0, maximum: limits.topLogprobs }))),
   /** Log probabilities of the prompt too (echo). */
   promptLogprobs: Schema.Boolean,
+  /** Names the conversation that this is a turn of: its KV is kept in the store for a while, and that of earlier turns no longer. */
+  conversation: Schema.optional(Schema.String.check(Schema.isMaxLength(256))),
   /** Tokens of each choice that an older attempt has delivered. Empty on the first attempt. */
   delivered: Schema.Array(Schema.Uint8Array), // [choices] int32 little-endian
 })
 export type GenerateMessage = typeof GenerateMessage.Type
 export const Generate = defineStream("generate", GenerateMessage)
+
+/** A conversation is over: its KV is kept no longer than any other. */
+export const EndConversation = defineTell("end-conversation", Schema.Struct({ tenant: Schema.String, conversation: Schema.String }))
 
 export const Tokenize = defineAsk("tokenize", Schema.Struct({ content: Schema.String }), Schema.Struct({ tokens: Schema.Uint8Array })) // int32 little-endian
 export const Detokenize = defineAsk("detokenize", Schema.Struct({ tokens: Schema.Array(count) }), Schema.Struct({ content: Schema.String }))

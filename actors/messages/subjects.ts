@@ -6,7 +6,7 @@
 import { Finish, Reserve } from "./decode.ts"
 import { Get, Have, Pin, Put } from "./kv-store.ts"
 import { KvDump, Prefill } from "./prefill.ts"
-import { Detokenize, Generate, Tokenize } from "./request.ts"
+import { Detokenize, EndConversation, Generate, Tokenize } from "./request.ts"
 import { Configure as ConfigureScheduler, Heartbeat, KvEvents, Leave, Place, Prefilled, Release } from "./scheduler.ts"
 import { Configure, Drain } from "./worker.ts"
 
@@ -52,16 +52,17 @@ const verbs = (...types: ReadonlyArray<{ readonly verb: string }>): ReadonlyArra
 
 /** Who begins to speak to whom, and about what. Answers, and the credits of streams, go between their inboxes. */
 const conversations: ReadonlyArray<Conversation> = [
-  { from: "gateway", to: "request", verbs: verbs(Generate, Tokenize, Detokenize, Drain) },
+  { from: "gateway", to: "request", verbs: verbs(Generate, EndConversation, Tokenize, Detokenize, Drain) },
   { from: "gateway", to: "worker", verbs: verbs(Configure, Drain) },
   { from: "gateway", to: "scheduler", verbs: verbs(ConfigureScheduler) },
   { from: "request", to: "scheduler", verbs: verbs(Place, Prefilled, Release) },
   { from: "request", to: "decode", verbs: verbs(Reserve, Finish) },
   { from: "request", to: "prefill", verbs: verbs(Prefill) },
+  { from: "request", to: "kv-store", verbs: verbs(Pin) },
   { from: "scheduler", to: "prefill", verbs: verbs(KvDump) },
   { from: "worker", to: "scheduler", verbs: verbs(Heartbeat, Leave, KvEvents) },
   { from: "worker", to: "prefill", verbs: verbs(Get) },
-  { from: "worker", to: "kv-store", verbs: verbs(Have, Get, Put, Pin) },
+  { from: "worker", to: "kv-store", verbs: verbs(Have, Get, Put) },
   { from: "kv-store", to: "kv-store", verbs: verbs(Have, Put, Pin) },
 ]
 

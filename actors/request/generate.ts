@@ -18,6 +18,7 @@ import { Generate, type GenerateMessage } from "../messages/request.ts"
 import { Place, Prefilled, Release, type Placement } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 import type { Members } from "../presence/members.ts"
+import { pinConversation } from "./pin-conversation.ts"
 import type { Prepared, ServedModel } from "./prepare.ts"
 import { Recovery } from "./recovery.ts"
 import { Relay } from "./relay.ts"
@@ -112,6 +113,8 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
       [attributes.usageCachedInputTokens]: usage.cachedTokens,
       [attributes.responseFinishReasons]: request.outputs.map(({ finish }) => finish ?? "length"),
     })
+    const { tenant, conversation } = message
+    if (conversation !== undefined) Effect.runFork(pinConversation(options, { tenant, conversation, hashes: request.filled(), leaseMs: limits.conversationPinMs }))
   }).pipe(
     Effect.withSpan(spans.requestGenerate, {
       kind: "server",

@@ -29,6 +29,8 @@ export interface Prepared {
   readonly outputs: ReadonlyArray<ChoiceOutput>
   /** Chained hashes of the full blocks of the prompt, and of what a single choice has drawn. */
   chain(): ReadonlyArray<BlockHash>
+  /** Chained hashes of the full blocks that the first choice has filled: the KV of its last token was not computed. */
+  filled(): ReadonlyArray<BlockHash>
   /** The message for decode, as of the tokens that `outputs` have now. */
   sequence(attempt: number): SequenceMessage
 }
@@ -98,6 +100,10 @@ export const prepare = (model: ServedModel, message: GenerateMessage): Prepared 
       if (only === undefined || others.length > 0 || only.tokens.length === 0) return hashes
       const rest = Int32Array.from([...prompt.subarray(hashes.length * model.blockTokens), ...only.tokens])
       return [...hashes, ...chainHashes(hashes.at(-1) ?? root, rest, model.blockTokens)]
+    },
+    filled: () => {
+      const drawn = outputs[0]?.tokens.slice(0, -1) ?? []
+      return chainHashes(root, Int32Array.from([...prompt, ...drawn]), model.blockTokens)
     },
     sequence: (attempt) => ({
       requestId: message.requestId,

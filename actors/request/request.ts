@@ -5,16 +5,17 @@
  */
 import { Deferred, Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
-import { actor, onAsk, onStream } from "../runtime/actor.ts"
+import { actor, onAsk, onStream, onTell } from "../runtime/actor.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
 import type { StreamWriter } from "../runtime/stream-writer.ts"
-import { Detokenize, Generate, Tokenize, type GenerateMessage } from "../messages/request.ts"
+import { Detokenize, EndConversation, Generate, Tokenize, type GenerateMessage } from "../messages/request.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 import { Drain, type Drained } from "../messages/worker.ts"
 import type { Members } from "../presence/members.ts"
 import { packTokens } from "../messages/tokens.ts"
 import { generate } from "./generate.ts"
+import { pinConversation } from "./pin-conversation.ts"
 import { prepare, type ServedModel } from "./prepare.ts"
 
 export interface RequestActorOptions {
@@ -73,6 +74,7 @@ export const requestActor = (options: RequestActorOptions): Effect.Effect<void, 
 
     const running = yield* actor(link, [
       onStream(Generate, places(Generate.verb), serve),
+      onTell(EndConversation, places(EndConversation.verb), ({ tenant, conversation }) => Effect.asVoid(Effect.forkDetach(pinConversation(options, { tenant, conversation, hashes: [], leaseMs: 0 })))),
       onAsk(Tokenize, places(Tokenize.verb), ({ content }) => Effect.try({ try: () => ({ tokens: packTokens(tokenizer.encode(content, { special: true })) }), catch: (error) => Fault.from(error, link.sender) })),
       onAsk(Detokenize, places(Detokenize.verb), ({ tokens }) => detokenize(tokens)),
       onAsk(Drain, [{ subject: subject(namespace, "request", id, Drain.verb) }], ({ deadlineMs }) => drain(deadlineMs), { concurrent: true }),

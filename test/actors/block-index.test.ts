@@ -56,7 +56,7 @@ describe.each(names)("the policy %s", (name) => {
     const operation = fc.oneof(
       { weight: 4, arbitrary: fc.record({ type: fc.constant("add" as const), key: fc.nat(40), bytes: fc.integer({ min: 1, max: 200 }), depth: fc.nat(5) }) },
       { weight: 3, arbitrary: fc.record({ type: fc.constantFrom("use" as const, "lease" as const, "release" as const, "remove" as const), key: fc.nat(40) }) },
-      { weight: 1, arbitrary: fc.record({ type: fc.constant("pin" as const), key: fc.nat(40), forMs: fc.nat(50) }) },
+      { weight: 1, arbitrary: fc.record({ type: fc.constant("pin" as const), key: fc.nat(40), forMs: fc.nat(50), tenant: fc.constantFrom("alice", "bob", "carol") }) },
       { weight: 1, arbitrary: fc.record({ type: fc.constantFrom("reserve" as const, "free" as const), bytes: fc.integer({ min: 1, max: 300 }) }) },
       { weight: 1, arbitrary: fc.record({ type: fc.constant("wait" as const), ms: fc.nat(30) }) },
     )
@@ -66,7 +66,7 @@ describe.each(names)("the policy %s", (name) => {
         let clock = 0
         const gone: Array<string> = []
         const index = new BlockIndex<string>({ capacityBytes, eviction: before, now: () => now, onEvict: (key) => gone.push(key) })
-        const model = new Map<string, { depth: number; uses: number; usedAt: number; bytes: number; leases: Array<Lease<string>>; pinnedUntilMs: number }>()
+        const model = new Map<string, { depth: number; uses: number; usedAt: number; bytes: number; leases: Array<Lease<string>>; pinnedUntilMs: number; pinnedFor: string }>()
         const reservations: Array<number> = []
         const taken = () => [...model.values()].reduce((sum, { bytes }) => sum + bytes, 0) + reservations.reduce((sum, bytes) => sum + bytes, 0)
         /** Gives up in the model what the policy says, and returns whether the bytes fit then. */
@@ -94,7 +94,7 @@ describe.each(names)("the policy %s", (name) => {
             if (kept === undefined) {
               const fits = makeRoom(operation.bytes)
               expect(index.add({ key, value: key, bytes: operation.bytes, depth: operation.depth, usedAt })).toBe(fits)
-              if (fits) model.set(key, { depth: operation.depth, bytes: operation.bytes, uses: 0, usedAt, leases: [], pinnedUntilMs: 0 })
+              if (fits) model.set(key, { depth: operation.depth, bytes: operation.bytes, uses: 0, usedAt, leases: [], pinnedUntilMs: 0, pinnedFor: "" })
             } else {
               expect(index.add({ key, value: "another", bytes: operation.bytes, depth: 0, usedAt })).toBe(true)
               Object.assign(kept, { usedAt, uses: kept.uses + 1 })
@@ -111,10 +111,14 @@ describe.each(names)("the policy %s", (name) => {
             expect(index.remove(key)).toBe(kept === undefined || kept.leases.length === 0)
             if (kept?.leases.length === 0) model.delete(key)
           } else if (operation.type === "pin") {
-            const pinnedBytes = [...model.values()].filter((other) => other !== kept && other.pinnedUntilMs > now).reduce((sum, { bytes }) => sum + bytes, kept?.bytes ?? 0)
-            const may = operation.forMs === 0 || pinnedBytes <= capacityBytes * limits.storePinShare
-            expect(index.pin(key, now + operation.forMs)).toBe(kept !== undefined && may)
-            if (kept !== undefined && may) kept.pinnedUntilMs = now + operation.forMs
+            const isPinned = kept !== undefined && kept.pinnedUntilMs > now
+            const tenant = isPinned ? kept.pinnedFor : operation.tenant
+            const pinned = [...model.values()].filter((other) => other !== kept && other.pinnedUntilMs > now)
+            const bytesOf = (some: typeof pinned) => some.reduce((sum, { bytes }) => sum + bytes, kept?.bytes ?? 0)
+            const fits = bytesOf(pinned) <= capacityBytes * limits.storePinShare && bytesOf(pinned.filter(({ pinnedFor }) => pinnedFor === tenant)) <= capacityBytes * limits.storePinTenantShare
+            const may = operation.forMs === 0 || isPinned || fits
+            expect(index.pin(key, { untilMs: now + operation.forMs, tenant: operation.tenant })).toBe(kept !== undefined && may)
+            if (kept !== undefined && may) Object.assign(kept, { pinnedUntilMs: now + operation.forMs, pinnedFor: tenant })
           }
           index.checkInvariants()
           if (operation.type !== "remove") expect(gone.toSorted()).toEqual(known.filter((other) => !model.has(other)).toSorted())

@@ -282,18 +282,50 @@ describe("a disk that cannot be used", () => {
   })
 })
 
-it("a pinned block outlives any number of others, in memory and on disk, until its lease is over or it is let go", async () => {
+it("a pinned block outlives any number of others, in memory and on disk, until it is let go", async () => {
   const store = await start({ diskBlocks: 40 })
   await fill(store, blocks(0, 10))
   expect(await store.client.pin([0, 1, 2, 99], 60_000)).toEqual([true, true, true, false])
   await fill(store, blocks(100, 80))
   expect(await store.client.have(blocks(0, 5))).toEqual([true, true, true, false, false])
   expect(await store.client.intact([0, 1, 2])).toBe(true)
-  expect((await store.client.pin(blocks(150, 30), 60_000)).filter((is) => is).length).toBeLessThan(30) // at most half of a tier
-  expect(await store.client.pin(blocks(0, 3), 0)).toEqual([true, true, true])
-  expect(await store.client.pin(blocks(150, 30), 0)).not.toContain(undefined)
+  expect(await store.client.pin(blocks(0, 3), 0)).toEqual([false, false, false])
   await fill(store, blocks(300, 80))
   expect(await store.client.have(blocks(0, 3))).toEqual([false, false, false])
+})
+
+it("what a conversation wants kept is kept when it comes, until its next turn or its end, for each of those that want it, and within the bounds of its tenant", async () => {
+  const store = await start({ diskBlocks: 40 })
+  const { client } = store
+  const kept = async (numbers: ReadonlyArray<number>) => {
+    await fill(store, blocks((flood += 100), 80))
+    return client.have(numbers)
+  }
+  let flood = 1_000
+  const [one, two] = [{ owner: "one" }, { owner: "two" }]
+  expect(await client.pin([0, 1], 60_000, one)).toEqual([false, false]) // they are still on their way
+  await fill(store, [0, 1, 2, 3])
+  expect(await kept([0, 1, 2, 3])).toEqual([true, true, false, false])
+  // Its next turn has another end; another conversation begins alike.
+  expect(await client.pin([0, 4], 60_000, one)).toEqual([true, false])
+  expect(await client.pin([0], 60_000, two)).toEqual([true])
+  await fill(store, [4])
+  expect(await kept([0, 1, 4])).toEqual([true, false, true])
+  await client.pin([], 0, one)
+  expect(await kept([0, 4])).toEqual([true, false])
+  await client.pin([], 0, { ...two, tenant: "somebody else" })
+  expect(await kept([0])).toEqual([true])
+  await client.pin([], 0, two)
+  expect(await kept([0])).toEqual([false])
+  // A quarter of a tier is the most that one tenant gets, half of it all of them.
+  const many = blocks(0, 30)
+  for (const tenant of ["alice", "bob", "carol"]) {
+    await client.pin(many.map((n) => n + 10_000 * (tenant.charCodeAt(0) - 96)), 60_000, { tenant })
+    await fill(store, many.map((n) => n + 10_000 * (tenant.charCodeAt(0) - 96)))
+  }
+  await fill(store, blocks((flood += 100), 80))
+  const of = async (tenant: string) => (await client.have(many.map((n) => n + 10_000 * (tenant.charCodeAt(0) - 96)))).filter((is) => is).length
+  expect([await of("alice"), await of("bob"), await of("carol")]).toEqual([10, 10, 0])
 })
 
 it("the files of a store are found by a name and a head that a person can read", async () => {

@@ -25,9 +25,9 @@ const startWith = async (workers: Workers, bounds: { readonly maxBatch?: number;
   return cluster.fetchAlways()
 }
 
-const configure = (cluster: Cluster, worker: string, message: ConfigureMessage) => Effect.runPromise(cluster.link.ask(Configure, subject("main", "worker", worker, Configure.verb), message, { hop: `worker ${worker}` }))
+const configure = (cluster: Cluster, worker: string, message: ConfigureMessage) => Effect.runPromise(cluster.link.ask(Configure, subject(cluster.node.namespace, "worker", worker, Configure.verb), message, { hop: `worker ${worker}` }))
 const drain = (cluster: Cluster, worker: string, deadlineMs = 10_000): Promise<Drained> =>
-  Effect.runPromise(cluster.link.ask(Drain, subject("main", "worker", worker, Drain.verb), { deadlineMs }, { hop: `worker ${worker}`, deadlineMs: deadlineMs + 5_000 }))
+  Effect.runPromise(cluster.link.ask(Drain, subject(cluster.node.namespace, "worker", worker, Drain.verb), { deadlineMs }, { hop: `worker ${worker}`, deadlineMs: deadlineMs + 5_000 }))
 
 const engineOf = (cluster: Cluster, worker: string) => cluster.node.workers.get(worker)!.worker.engine
 const countersOf = (cluster: Cluster, worker: string) => ({ ...engineOf(cluster, worker).counters })

@@ -1,6 +1,8 @@
 /** Conversations by previous_response_id: what is cached is what block arithmetic says, to the token. */
+import { NodeWS } from "@effect/platform-node/NodeSocket"
 import { afterEach, expect, it } from "vitest"
 import OpenAI from "openai"
+import { Cluster } from "../support/cluster.ts"
 import { startNode, type StartedNode } from "../support/start-node.ts"
 
 const blockTokens = 16
@@ -62,4 +64,49 @@ it("a turn that ended with the model's own end goes on behind it, and its tokens
   expect(second.usage!.input_tokens).toBe(prompt.length)
   const plain = await fetch(`${node.url}/v1/completions`, { method: "POST", body: JSON.stringify({ model: "tiny", prompt, max_tokens: 20, ...more }) })
   expect(((await plain.json()) as { choices: ReadonlyArray<{ token_ids: unknown }> }).choices[0]!.token_ids).toEqual(idsOf(second))
+})
+
+it("the KV of a conversation stays in a full store while its connection is open, and no longer", async () => {
+  const blocks = 40
+  node = await startNode({
+    change: (topology) => ({
+      ...topology,
+      kvStore: { ...topology.kvStore, memory: blocks * 4096, disk: { ...topology.kvStore.disk, size: 0 } },
+      workers: topology.workers.map((worker) => ({ ...worker, threads: 1, kv: { ...worker.kv, blocks: 16 } })),
+    }),
+  })
+  const cluster = new Cluster(node).fetchAlways()
+  let flood = 0
+  /** So many blocks of others that neither the pool nor the store has room for anything else. */
+  const others = async () => {
+    for (let i = 0; i < 10; i++) {
+      await cluster.generate({ prompt: Array.from({ length: 200 }, (_, token) => 3 + ((token * 7 + flood * 13) % 250)), maxTokens: 1 })
+      flood++
+      await cluster.untilIdle() // what is computed is put then
+    }
+  }
+  const socket = new NodeWS.WebSocket(`ws://127.0.0.1:${node.port}/v1/responses`)
+  await new Promise((resolve) => socket.on("open", resolve))
+  const ask = (previous?: string) =>
+    new Promise<OpenAI.Responses.Response>((resolve, reject) => {
+      socket.removeAllListeners("message")
+      socket.on("message", (data) => {
+        const event = JSON.parse(String(data)) as { readonly type: string; readonly response: OpenAI.Responses.Response }
+        if (event.type === "error" || event.type === "response.failed") reject(new Error(String(data)))
+        if (event.type === "response.completed" || event.type === "response.incomplete") resolve(event.response)
+      })
+      socket.send(JSON.stringify({ type: "response.create", model: "tiny", input: "The water comes down and the wheel turns.", max_output_tokens: 20, previous_response_id: previous, temperature: 1, ignore_eos: true, logit_bias: { 0: -100, [end]: -100 } }))
+    })
+  const first = await ask()
+  await cluster.untilStored()
+  await others()
+  const second = await ask(first.id)
+  expect(second.usage!.input_tokens_details.cached_tokens).toBe(expectedCached(first.usage!.input_tokens + first.usage!.output_tokens - 1, second.usage!.input_tokens))
+  const closed = new Promise((resolve) => socket.on("close", resolve))
+  socket.close()
+  await closed
+  await cluster.untilStored()
+  await others()
+  const third = (await new OpenAI({ baseURL: `${node.url}/v1`, apiKey: "none", maxRetries: 0 }).responses.create({ model: "tiny", input: "And then?", max_output_tokens: 1, previous_response_id: second.id })) as OpenAI.Responses.Response
+  expect(third.usage!.input_tokens_details.cached_tokens).toBe(0)
 })

@@ -256,7 +256,7 @@ describe("kept responses", () => {
   })
 
   it("are bounded in number and bytes, the oldest going first", () => {
-    const turn = (chars: number) => ({ messages: [{ role: "user", content: "x".repeat(chars) }], answered: undefined })
+    const turn = (chars: number) => ({ conversation: "c", messages: [{ role: "user", content: "x".repeat(chars) }], answered: undefined })
     const few = new Turns({ count: 2, bytes: 1000, lifetimeMs: 1000 })
     for (const id of ["a", "b", "c"]) few.add(id, turn(10))
     expect(["a", "b", "c"].map((id) => few.get(id) !== undefined)).toEqual([false, true, true])
@@ -339,6 +339,39 @@ describe("responses over WebSocket", () => {
     ])
     client.send({ input: "x", previous_response_id: "resp_unknown" })
     expect(await client.next()).toMatchObject({ type: "error", status: 400, code: "previous_response_not_found", param: "previous_response_id", error: { code: "previous_response_not_found" } })
+  })
+
+  it("a conversation is one by its name, the first response's, until its connection closes, it is deleted, or others have taken its place", async () => {
+    server = await startGateway()
+    const named = () => server.actor.last.message.conversation
+    const [one, two] = [await connect(), await connect()]
+    const ask = async (client: typeof one, more: object = {}) => {
+      client.send({ input: "x", ...more })
+      return ((await client.response()).at(-1) as { response: { id: string } }).response.id
+    }
+    const first = await ask(one)
+    expect(named()).toBe(first)
+    const second = await ask(one, { previous_response_id: first })
+    expect(named()).toBe(first)
+    const warmed = await ask(two, { generate: false, store: false })
+    expect(named()).toBe(warmed)
+    const overHttp = (await (await server.post("/v1/responses", { model: "tiny", input: "x", previous_response_id: second })).json()) as { id: string }
+    expect(named()).toBe(first)
+    await server.post("/v1/responses", { model: "tiny", input: "x", store: false })
+    expect(named()).toBeUndefined() // nobody can go on from it
+    expect(server.actor.ended).toEqual([])
+    one.socket.close()
+    await server.actor.untilEnded(1)
+    expect(server.actor.ended).toEqual([{ tenant: "default", conversation: first }])
+    await fetch(`${server.url}/v1/responses/${overHttp.id}`, { method: "DELETE" })
+    await server.actor.untilEnded(2)
+    const others: Array<string> = []
+    for (let i = 0; i < limits.webSocketTurns; i++) others.push(await ask(two, { store: false }))
+    await server.actor.untilEnded(3)
+    expect(server.actor.ended.slice(1).map(({ conversation }) => conversation)).toEqual([first, warmed])
+    two.socket.terminate()
+    await server.actor.untilEnded(3 + others.length)
+    expect(server.actor.ended.slice(3).map(({ conversation }) => conversation)).toEqual(others)
   })
 
   it("generate: false draws nothing and can be gone on from", async () => {

@@ -1,5 +1,7 @@
 /** The actors of a topology on a memory bus, spoken to over the bus as a gateway does; without HTTP. */
 import { Effect } from "effect"
+import { packHashes } from "../../actors/messages/hashes.ts"
+import { Have } from "../../actors/messages/kv-store.ts"
 import { decodeGenerateEvent, Generate, type FinishReason, type GenerateMessage, type TokenLogprob, type Usage } from "../../actors/messages/request.ts"
 import { defaultSampling } from "../../actors/messages/sampling.ts"
 import { anyId, subject } from "../../actors/messages/subjects.ts"
@@ -106,6 +108,15 @@ export class Cluster {
     }
     if (usage === undefined) throw new Error("the generation ended before it was done")
     return { tokens, texts, finishes, logprobs, promptScores, promptTokens, usage }
+  }
+
+  /** Waits until the KV store has every block that a pool knows. */
+  async untilStored(): Promise<void> {
+    for (const { worker } of this.node.workers.values()) {
+      const message = { formatId: worker.formatId, hashes: packHashes(worker.engine.blocks.knownHashes()) }
+      const ask = this.link.ask(Have, subject("main", "kv-store", anyId, Have.verb), message, { hop: "kv-store" })
+      while (!(await Effect.runPromise(ask)).present.every((here) => here)) await new Promise((resolve) => setTimeout(resolve, 2))
+    }
   }
 
   /** Waits until every worker is idle, and checks that nothing was lost. */

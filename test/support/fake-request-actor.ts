@@ -1,7 +1,7 @@
 /**
  * A request actor that does what a test says: it answers on the real subjects with the real streams, without a model.
  */
-import { Detokenize, encodeGenerateEvent, Generate, Tokenize, type FinishReason, type GenerateEvent, type GenerateMessage, type TokenLogprob } from "../../actors/messages/request.ts"
+import { Detokenize, EndConversation, encodeGenerateEvent, Generate, Tokenize, type FinishReason, type GenerateEvent, type GenerateMessage, type TokenLogprob } from "../../actors/messages/request.ts"
 import { anyId, subject } from "../../actors/messages/subjects.ts"
 import { packTokens } from "../../actors/messages/tokens.ts"
 import { header, type Bus, type Delivery, type Headers } from "../../actors/runtime/bus.ts"
@@ -77,6 +77,8 @@ export const scored = (token: number, text: string, top: number): TokenLogprob =
 
 export class FakeRequestActor {
   readonly generations: Array<FakeGeneration> = []
+  /** Conversations that were said to be over. */
+  readonly ended: Array<{ readonly tenant: string; readonly conversation: string }> = []
   /** What the next generations do. */
   script: (generation: FakeGeneration) => void = (generation) => generation.say(["Hello", " world"])
   /** Refuses before accepting the stream, as an overloaded actor does. */
@@ -86,6 +88,7 @@ export class FakeRequestActor {
   constructor(bus: Bus, namespace: string) {
     this.#bus = bus
     bus.subscribe(subject(namespace, "request", anyId, Generate.verb), (delivery) => this.#generate(delivery), { queue: "request" })
+    bus.subscribe(subject(namespace, "request", anyId, EndConversation.verb), ({ data }) => void this.ended.push(EndConversation.decode(data)), { queue: "request" })
     this.#answer(namespace, Tokenize, ({ content }) => ({ tokens: packTokens([...new TextEncoder().encode(content)]) }))
     this.#answer(namespace, Detokenize, ({ tokens }) => ({ content: String.fromCodePoint(...tokens) }))
   }
@@ -98,6 +101,10 @@ export class FakeRequestActor {
   async nth(index: number): Promise<FakeGeneration> {
     while (this.generations.length <= index) await new Promise((resolve) => setTimeout(resolve, 1))
     return this.generations[index]!
+  }
+
+  async untilEnded(count: number): Promise<void> {
+    while (this.ended.length < count) await new Promise((resolve) => setTimeout(resolve, 1))
   }
 
   #generate(delivery: Delivery): void {

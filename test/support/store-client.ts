@@ -85,8 +85,9 @@ export class StoreClient {
     return blocks !== undefined && blocks.every((block, i) => Buffer.compare(block, bytesOf(numbers[i]!, this.blockBytes)) === 0)
   }
 
-  async pin(numbers: ReadonlyArray<number>, leaseMs: number): Promise<ReadonlyArray<boolean>> {
-    return (await this.#ask(Pin, anyId, { formatId: "f", hashes: packHashes(numbers.map(hashOf)), leaseMs })).pinned
+  async pin(numbers: ReadonlyArray<number>, leaseMs: number, options: { readonly owner?: string; readonly tenant?: string } = {}): Promise<ReadonlyArray<boolean>> {
+    const { owner = "a conversation", tenant = "tests" } = options
+    return (await this.#ask(Pin, anyId, { formatId: "f", hashes: packHashes(numbers.map(hashOf)), owner, tenant, leaseMs })).pinned
   }
 
   #ask<A, R>(type: MessageType<A, R, "ask">, id: string, message: A): Promise<R> {

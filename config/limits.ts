@@ -205,6 +205,18 @@ export const limits = {
   /** Share of the machine's free memory that `kv.blocks: auto` takes at most, and its bound. */
   autoPoolMemoryShare: 0.25,
   autoPoolBytes: 2 * 1024 * 1024 * 1024,
+  /** Longest wait for what a worker decodes to go on elsewhere, or to end, before it is stopped. */
+  drainDeadlineMs: 30_000,
+  /** A step of a plan that failed is tried again after this long, doubling … */
+  reconcileRetryMs: 1_000,
+  /** … up to this. */
+  reconcileRetryMaxMs: 60_000,
+  /** A topology file that changes is read once it has been the same for this long … */
+  topologySettleMs: 150,
+  /** … and looked at this often where the file system tells nothing of it. */
+  topologyPollMs: 1_000,
+  /** Changes of the topology that are remembered and shown. */
+  topologyChanges: 32,
   /** Longest wait for a component's process to serve, its model loaded. */
   componentStartDeadlineMs: 120_000,
   /** A signal to the whole process group reaches all of its processes within this time. */

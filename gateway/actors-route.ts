@@ -30,7 +30,7 @@ const transfersOf = (members: ReadonlyArray<PresenceMessage>) => {
 
 export const actors: Handler = (gateway) =>
   Effect.sync(() => {
-    const members = gateway.members.all
+    const members = gateway.members().flatMap(({ members }) => members)
     const here = { kind: "gateway", id: "g0", node: hostname(), pid: process.pid, state: gateway.admission.closing ? "leaving" : "serving" }
     return json(200, { workers: workersOf(members), actors: [here, ...actorsOf(members)], transfers: transfersOf(members) })
   })

@@ -6,7 +6,7 @@ import { ConfigError } from "../config/config-error.ts"
 import { readEnv, type Env } from "../config/env.ts"
 import { parseModel } from "../config/models.ts"
 import { FetchError } from "../actors/node/fetch-error.ts"
-import { fetchModel, type ResolvedModel } from "../actors/node/fetch-model.ts"
+import { fetchModel } from "../actors/node/fetch-model.ts"
 
 const usage = `Usage: npm run -s penstock -- COMMAND
 
@@ -65,9 +65,9 @@ const up = async (files: ReadonlyArray<string>, values: ReturnType<typeof parse>
   const env = readEnv()
   // Only here: Effect and the actors take a while to load, and `pull` needs none of them.
   const [{ loadTopology }, { up: run }] = await Promise.all([import("../config/load-topology.ts"), import("./up.ts")])
-  const { topology, model: spec } = loadTopology(values.topology ?? files[0] ?? defaultTopology, { host: values.host, port: port ?? env.port })
-  const model: ResolvedModel = await fetchModel(spec, fetchOptions(env))
-  return run({ topology, model })
+  const overrides = { host: values.host, port: port ?? env.port }
+  const loaded = loadTopology(values.topology ?? files[0] ?? defaultTopology, overrides)
+  return run({ loaded, overrides, fetchModel: (spec) => fetchModel(spec, fetchOptions(env)) })
 }
 
 const pull = async (models: ReadonlyArray<string>): Promise<number> => {

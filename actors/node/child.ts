@@ -43,11 +43,12 @@ const run = async ({ component, topology, model, namespace, nats }: ChildOrder):
       Effect.tryPromise({ try: () => connectBuses({ ...nats, name, inboxPrefix: prefix }), catch: (error) => error as Error }),
       ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])),
     )
+    let blocks: number | undefined
     const ready = Effect.promise(async () => {
-      await report({ type: "ready" })
+      await report({ type: "ready", blocks })
       void sayAlive()
     })
-    yield* Effect.raceFirst(runComponent(component, Date.now(), { topology, model, namespace, env, buses }, ready), Deferred.await(stop))
+    yield* Effect.raceFirst(runComponent(component, Date.now(), { topology, model, namespace, env, buses, onWorker: ({ kernels }) => (blocks = kernels.info.blocks) }, ready), Deferred.await(stop))
   })
   try {
     await Effect.runPromise(Effect.scoped(program).pipe(Effect.provide(tracing)))

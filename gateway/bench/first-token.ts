@@ -3,7 +3,7 @@ import { fileURLToPath } from "node:url"
 import { Effect, type Scope } from "effect"
 import { loadTopology } from "../../config/load-topology.ts"
 import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
-import { serve } from "../up.ts"
+import { serve } from "../serve.ts"
 import { median, rounded } from "./figures.ts"
 
 export interface FirstToken {

@@ -11,7 +11,7 @@ import { bufferSink, bufferSource } from "../../actors/kv-store/block-buffers.ts
 import { kvStoreActor } from "../../actors/kv-store/kv-store.ts"
 import { packHashes } from "../../actors/messages/hashes.ts"
 import { Get, Put } from "../../actors/messages/kv-store.ts"
-import { everyGeneration, inboxPrefix, namespaceOf, permissions, processKinds, subject, type ProcessKind } from "../../actors/messages/subjects.ts"
+import { everyGeneration, inboxPrefix, namespaceOf, permissions, topologyBucket, processKinds, subject, type ProcessKind } from "../../actors/messages/subjects.ts"
 import { header, type Bus } from "../../actors/runtime/bus.ts"
 import { defineAsk } from "../../actors/runtime/codec.ts"
 import { Fault } from "../../actors/runtime/fault.ts"
@@ -376,9 +376,27 @@ describe("permissions by role", () => {
     await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringContaining(`may not subscribe to ${inbox}`)))
 
     expect(await refusalOf(as("kv-store", "gateway"))).toContain("let its user subscribe to ps.test.0a.inbox.gateway.x0.>")
-    // Nor may it ask for what its role does not ask for.
-    gateway.publish(subject(namespace, "scheduler", "any", "place"), new Uint8Array(0))
-    await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringContaining("may not publish to ps.test.0a.scheduler.any.place")))
+  })
+
+  test("a worker asks for no placement, changes no topology and reads nobody's answers: it is told so, and is refused at once from then on", async () => {
+    const complaint = vi.spyOn(console, "error").mockImplementation(() => {})
+    cleanUps.push(() => complaint.mockRestore())
+    const as = await startWithRoles()
+    const [worker, request] = [await as("worker"), await as("request")]
+    for (const forbidden of [subject(namespace, "scheduler", "any", "place"), subject(namespace, "scheduler", "any", "configure"), subject(namespace, "worker", "d0", "drain"), `$KV.${topologyBucket("test")}.wanted`, "$JS.API.INFO"]) {
+      worker.publish(forbidden, new Uint8Array(0))
+      await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringMatching(/may not publish to .*nats-permissions/)))
+      expect(String(complaint.mock.calls.at(-1))).toContain(forbidden)
+      expect(thrown(() => worker.publish(forbidden, new Uint8Array(0)))).toMatchObject({ code: "unavailable", message: expect.stringMatching(/the NATS server does not allow this process to; .*nats-permissions/) })
+      complaint.mockClear()
+    }
+    const [inbox, spied] = [request.inbox(), new Received()]
+    worker.subscribe(inbox, spied.handler)
+    await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringContaining(`may not subscribe to ${inbox}`)))
+    worker.publish(inbox, new Uint8Array(0)) // it answers requests, so this is its right
+    await worker.flush()
+    expect(spied.deliveries).toEqual([])
+    expect(await refusalOf(as("worker", "request"))).toContain("let its user subscribe to ps.test.0a.inbox.request.x0.>")
   })
 
   test("a gateway asks the actors of two generations, and each answers it", async () => {

@@ -26,6 +26,7 @@ import { limits } from "../../config/limits.ts"
 import type { NatsAddress } from "../../config/topology.ts"
 import { busConformance, Received } from "../support/bus-conformance.ts"
 import { testScope } from "../support/scoped.ts"
+import { natsAccount } from "../support/nats-credentials.ts"
 import { natsStartTimeoutMs, startConfiguredNats, startNats, type StartedNats } from "../support/start-nats.ts"
 import { tcpProxy } from "../support/tcp-proxy.ts"
 
@@ -440,6 +441,29 @@ describe("permissions by role", () => {
     await receiver.done
     receiver.close()
     expect(Buffer.from(got).equals(block)).toBe(true)
+  })
+
+  test("a .creds file says who a process is and what it may", async () => {
+    const complaint = vi.spyOn(console, "error").mockImplementation(() => {})
+    cleanUps.push(() => complaint.mockRestore())
+    const account = natsAccount()
+    const server = await startConfiguredNats(account.configuration)
+    cleanUps.push(() => server.stop())
+    const as = (kind: ProcessKind) => {
+      const credentials = join(folder, `${kind}.creds`)
+      writeFileSync(credentials, account.credentials(permissions("test", kind)), { mode: 0o600 })
+      return connect({ url: server.url, credentials, inboxPrefix: inboxPrefix(namespace, kind, "x0") })
+    }
+    const [gateway, request] = [await as("gateway"), await as("request")]
+    const tokenize = subject(namespace, "request", "any", "tokenize")
+    request.subscribe(tokenize, ({ reply }) => new Link(request, "request r0", 1).reply(Double, reply!, { value: 7 }), { queue: "request" })
+    await request.flush()
+    expect(await Effect.runPromise(new Link(gateway, "gateway", 1).ask(Double, tokenize, { value: 0 }, { hop: "request" }))).toEqual({ value: 7 })
+    request.publish(tokenize, new Uint8Array(0))
+    await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringContaining(`may not publish to ${tokenize}`)))
+    const stranger = join(folder, "stranger.creds")
+    writeFileSync(stranger, natsAccount().credentials(permissions("test", "gateway")))
+    expect(await refusalOf(connect({ url: server.url, credentials: stranger }))).toContain("the server refuses what")
   })
 
   test("a process by its own name gets its own subjects only", () => {

@@ -1,5 +1,6 @@
 /** The command line: reads flags, prints one clear line for what is wrong, and leaves the work to others. */
 import { readFileSync } from "node:fs"
+import { resolve } from "node:path"
 import { fileURLToPath } from "node:url"
 import { parseArgs } from "node:util"
 import { ConfigError } from "../config/config-error.ts"
@@ -12,6 +13,8 @@ const usage = `Usage: npm run -s penstock -- COMMAND
 
   up [FILE] [--topology FILE] [--host H] [--port N]   run a topology here (default: config/topologies/single.yaml)
   pull MODEL                                          fetch a model and print its path
+  nats-permissions [--cluster NAME] [--keys FOLDER] [--json]
+                                                      print users for a NATS server's configuration, one for each kind of process
   bench bus|kv [--json]                               measure the bus, or what moving KV costs
   bench kernels [--model MODEL] [--vs llama.cpp|openvino] [--text FILE] [--json]
                                                       measure the native engine, beside another where --vs names one
@@ -48,6 +51,8 @@ const parse = (args: ReadonlyArray<string>) => {
         vs: { type: "string" },
         text: { type: "string" },
         turns: { type: "string" },
+        cluster: { type: "string" },
+        keys: { type: "string" },
         help: { type: "boolean", short: "h" },
         version: { type: "boolean" }
       }
@@ -75,6 +80,14 @@ const pull = async (models: ReadonlyArray<string>): Promise<number> => {
   if (name === undefined || models.length > 1) throw new UsageError("pull: expected one model")
   const model = await fetchModel(parseModel(name, process.cwd()), fetchOptions(readEnv()))
   process.stdout.write(`${model.path}\n`)
+  return 0
+}
+
+const natsPermissions = async ({ cluster = "main", keys, json }: ReturnType<typeof parse>["values"]): Promise<number> => {
+  const [{ namePattern }, { natsConfiguration, natsUsers }] = await Promise.all([import("../config/topology.ts"), import("./nats-permissions.ts")])
+  if (!namePattern.test(cluster)) throw new UsageError(`--cluster: expected a name of letters, digits, - and _ (at most 63), found "${cluster}"`)
+  const options = { cluster, keys: keys === undefined ? undefined : resolve(keys) }
+  process.stdout.write(json === true ? `${JSON.stringify({ cluster, users: natsUsers(options) })}\n` : natsConfiguration(options))
   return 0
 }
 
@@ -110,12 +123,17 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
   }
   if (command !== "up" && (values.host ?? values.port) !== undefined) throw new UsageError("--host and --port belong to up")
   if (command !== "up" && command !== "bench" && values.topology !== undefined) throw new UsageError("--topology belongs to up and bench serve")
-  if (command !== "bench" && (values.json ?? values.turns ?? values.model ?? values.vs ?? values.text) !== undefined) throw new UsageError("--json, --turns, --model, --vs and --text belong to bench")
+  if (command !== "bench" && command !== "nats-permissions" && values.json !== undefined) throw new UsageError("--json belongs to bench and nats-permissions")
+  if (command !== "bench" && (values.turns ?? values.model ?? values.vs ?? values.text) !== undefined) throw new UsageError("--turns, --model, --vs and --text belong to bench")
+  if (command !== "nats-permissions" && (values.cluster ?? values.keys) !== undefined) throw new UsageError("--cluster and --keys belong to nats-permissions")
   switch (command) {
     case "bench":
       return runBench(rest, values)
     case "up":
       return up(rest, values)
+    case "nats-permissions":
+      if (rest.length > 0) throw new UsageError("nats-permissions: expected options only")
+      return natsPermissions(values)
     case "pull":
       return pull(rest)
     case undefined:

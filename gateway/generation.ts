@@ -1,6 +1,6 @@
 /**
- * One prompt's generation as the gateway reads it: a stream of events that survives a request actor which fails before
- * its first token, ends with a Fault where it cannot, and never outlives the request's deadline.
+ * One prompt's generation as the gateway reads it: a stream of events that survives the request actor it had, goes on with
+ * another from what was delivered, ends with a Fault where it cannot, and never outlives the request's deadline.
  */
 import { limits } from "../config/limits.ts"
 import { decodeGenerateEvent, type FinishReason, type GenerateEvent, type GenerateMessage } from "../actors/messages/request.ts"

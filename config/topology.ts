@@ -139,8 +139,10 @@ const worker = Schema.Struct({
   maxBatch: key("How many it decodes at once at most.", integer(1, limits.maxBatch, "sequences"), 32)
 })
 
+const flag = field({ expected: "true or false", json: { type: "boolean" }, read: (found) => (typeof found === "boolean" ? found : undefined) })
+
 const kvStore = Schema.Struct({
-  replicas: key("KV stores of the cluster.", integer(1, 64), 1),
+  replicas: key("KV stores of the cluster; 0 for none.", integer(0, 64), 1),
   memory: key("How much each store keeps in memory.", bytes, "256MiB"),
   disk: key(
     "What each store keeps on disk.",
@@ -150,7 +152,8 @@ const kvStore = Schema.Struct({
     }),
     {}
   ),
-  eviction: key("Which blocks go first where there is no room.", oneOf(["lru", "lfu", "length-aware"]), "lru")
+  eviction: key("Which blocks go first where there is no room.", oneOf(["lru", "lfu", "length-aware"]), "lru"),
+  shared: key("Whether tenants find each other's prefixes, in pools and stores alike: each can then tell by `cached_tokens` and by time what others have asked.", flag, false)
 })
 
 const model = field({

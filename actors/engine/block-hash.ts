@@ -7,9 +7,9 @@ import { hashBytes, type BlockHash } from "../messages/hashes.ts"
 
 const cut = (digest: Buffer): BlockHash => digest.toString("latin1", 0, hashBytes)
 
-/** The root of a chain: what KV depends on besides the tokens, and whose it is. */
-export const hashRoot = (parts: { readonly modelDigest: string; readonly tenant: string; readonly cacheSalt: string | undefined }): BlockHash =>
-  cut(createHash("sha256").update(JSON.stringify([parts.modelDigest, parts.tenant, parts.cacheSalt ?? null])).digest())
+/** The root of a chain: what KV depends on besides the tokens, and whose it is; without a tenant it is everybody's. */
+export const hashRoot = (parts: { readonly modelDigest: string; readonly tenant: string | undefined; readonly cacheSalt: string | undefined }): BlockHash =>
+  cut(createHash("sha256").update(JSON.stringify([parts.modelDigest, parts.tenant ?? null, parts.cacheSalt ?? null])).digest())
 
 /** Hash of one full block after `parent`. */
 export const blockHash = (parent: BlockHash, tokens: Int32Array): BlockHash =>

@@ -77,7 +77,7 @@ export const runComponent = (component: Component, epoch: number, context: Compo
         const tokenizer = new Tokenizer(gguf.metadata)
         const template = new ChatTemplate(gguf.metadata, tokenizer)
         const contextTokens = Math.max(...plans.map((plan) => plan.contextTokens))
-        return { tokenizer, template, modelDigest: model.sha256, formatId: formatOf(context), blockTokens: topology.workers[0]!.kv.blockTokens, contextTokens }
+        return { tokenizer, template, modelDigest: model.sha256, formatId: formatOf(context), blockTokens: topology.workers[0]!.kv.blockTokens, contextTokens, sharesPrefixes: topology.kvStore.shared }
       })
       yield* requestActor({ link, namespace, id, model: served, members: yield* Members.listen(buses.control, namespace) })
     }

@@ -63,7 +63,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
   /** Both roles of one worker share its pool, so that the transfer is the reservation's block table itself. */
   const hereFor = ({ sequence, transfer, holder }: PrefillMessage, writer: StreamWriter, counts: Counts) =>
     Effect.gen(function* () {
-      if (transfer.epoch !== worker.epoch) return yield* Effect.fail(fault("unavailable", `epoch ${transfer.epoch} of ${worker.id} is over, and its reservations with it`))
+      if (transfer.epoch !== worker.epoch) return yield* Effect.fail(fault("stale", `epoch ${transfer.epoch} of ${worker.id} is over, and its reservations with it`))
       const receiving = worker.receiving.get(transfer.id)
       if (receiving?.first !== undefined) return yield* repeat(receiving, sequence, writer)
       if (receiving !== undefined) {
@@ -208,7 +208,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
       return Effect.sync(() => engine.cancel(id))
     })
 
-  const fault = (code: "unavailable" | "invalid_request" | "cancelled", message: string) => new Fault({ code, message: `${link.sender}: ${message}`, hop: link.sender })
+  const fault = (code: "unavailable" | "stale" | "invalid_request" | "cancelled", message: string) => new Fault({ code, message: `${link.sender}: ${message}`, hop: link.sender })
 
   const dump = () => Effect.sync(() => ({ nextEventId: options.nextEventId(), hashes: packHashes(engine.blocks.knownHashes()) }))
 

@@ -79,7 +79,7 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
             yield* plain(() => relay.prefill(stream, transfer, onBegun))
           }).pipe(whileServing(members, worker), Effect.scoped)
         // Where decode has its tokens and knows the reservation no more, it has ended: its own stream tells how.
-        const unlessOver = (late: Fault) => (isBegun && late.code === "unavailable" ? Effect.void : Effect.fail(late))
+        const unlessOver = (late: Fault) => (isBegun && (late.code === "unavailable" || late.code === "stale") ? Effect.void : Effect.fail(late))
         // A prefill that fails elsewhere, even after its first tokens, is decode's own to do: its reservation stands.
         const prefilled = prefillOn(prefillWorker).pipe(
           Effect.catch((fault) => (fault.retryable && prefillWorker !== transfer.worker ? Effect.catch(prefillOn(transfer.worker), unlessOver) : Effect.fail(fault))),

@@ -20,6 +20,8 @@ export interface ServedModel {
   readonly blockTokens: number
   /** Most tokens of a sequence: the model's context, or what the KV pool holds where that is less. */
   readonly contextTokens: number
+  /** Tenants find each other's prefixes. */
+  readonly sharesPrefixes: boolean
 }
 
 export interface Prepared {
@@ -87,7 +89,7 @@ export const prepare = (model: ServedModel, message: GenerateMessage): Prepared 
     output.replay(unpackTokens(message.delivered[choice] ?? new Uint8Array(0), "delivered"))
     return output
   })
-  const root = hashRoot({ modelDigest: model.modelDigest, tenant: message.tenant, cacheSalt: message.cacheSalt })
+  const root = hashRoot({ modelDigest: model.modelDigest, tenant: model.sharesPrefixes ? undefined : message.tenant, cacheSalt: message.cacheSalt })
   const packed = packTokens(prompt)
   const hashes = chainHashes(root, prompt, model.blockTokens)
   return {

@@ -95,8 +95,6 @@ export class Relay {
     if (maxTokens === 0) for (const { choice } of outputs) this.#emit({ type: "delta", choice, text: "", tokens: [], logprobs: undefined, finish: "length" })
     const completionTokens = outputs.reduce((sum, { tokens }) => sum + tokens.length, 0)
     const usage = { promptTokens: prompt.length, completionTokens, cachedTokens: this.#cachedTokens ?? 0 }
-    // Whoever would have the KV store hold a live conversation's blocks for a while asks it here: those of the prompt and of the
-    // answer, but for its last token, whose KV was never computed.
     this.#emit({ type: "done", usage })
     return usage
   }

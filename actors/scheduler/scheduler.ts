@@ -22,7 +22,7 @@ export interface SchedulerOptions {
   readonly policy: PolicyName
   /** Most requests that wait for a place. */
   readonly queue: number
-  /** Who serves: a scheduler of the same name that is a later one takes over. */
+  /** Who serves: to a later scheduler this one gives way. */
   readonly members?: Pick<Members, "onCome">
 }
 
@@ -178,7 +178,7 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       for (const entry of asked) yield* settle(entry, new Fault({ code: "stale", message: `${link.sender}: epoch ${link.epoch} is over`, hop: link.sender }))
     })
     yield* Effect.acquireRelease(
-      Effect.sync(() => options.members?.onCome((kind, id, epoch) => void (`${kind} ${id}` === link.sender && epoch > link.epoch && Effect.runFork(stepDown)))),
+      Effect.sync(() => options.members?.onCome((kind, _, epoch) => void (kind === "scheduler" && epoch > link.epoch && Effect.runFork(stepDown)))),
       (stop) => Effect.sync(() => stop?.()),
     )
   })

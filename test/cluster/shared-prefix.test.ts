@@ -56,3 +56,32 @@ it("are computed where the pool that held them has lost them in the meantime", a
   busy.cancel("read enough")
   await cluster.untilIdle()
 })
+
+it("keep nobody else waiting while they are on their way: no step runs for them, and those of others do", async () => {
+  const { node, cluster } = await start((topology) => ({ ...topology, workers: topology.workers.map((worker) => ({ ...worker, threads: 1, kv: { ...worker.kv, blocks: 24 } })) }))
+  const { engine } = node.workers.get("w0")!.worker
+  const cold = await cluster.generate(asked)
+  await cluster.untilStored()
+  const known = new Set(engine.blocks.knownHashes())
+  for (let i = 0; engine.blocks.knownHashes().some((hash) => known.has(hash)); i++) await cluster.generate({ prompt: prompt.map((token, place) => 3 + ((token * place + i * 17) % 250)), maxTokens: 60 })
+  await cluster.untilIdle()
+  await cluster.untilStored()
+
+  const { publish } = node.bus
+  const held: Array<() => void> = []
+  node.bus.publish = function (to, data, options) {
+    if (/\.kv\.[0-9a-f]{32}\.chunk$/.test(to)) held.push(() => publish.call(this, to, data, options))
+    else publish.call(this, to, data, options)
+  }
+  const warm = cluster.generate(asked)
+  while (held.length === 0) await new Promise((resolve) => setTimeout(resolve, 1))
+  const { steps } = engine.counters
+  const other = await cluster.generate({ prompt: [9, 8, 7], maxTokens: 30 })
+  expect(other.tokens[0]).toHaveLength(30)
+  expect(engine.counters.steps - steps).toBe(30)
+  node.bus.publish = publish
+  for (const send of held) send()
+  const { tokens, logprobs, usage } = await warm
+  expect([tokens, logprobs, usage.cachedTokens]).toEqual([cold.tokens, cold.logprobs, 96])
+  await cluster.untilIdle()
+})

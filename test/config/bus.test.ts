@@ -25,7 +25,7 @@ test.each([
   ["{ nats: { spawn: true, url: nats://broker } }", "bus.nats.spawn: unknown key; allowed: url, credentials, nkey, token, tls"],
   ["{ nats: { url: broker:4222 } }", `bus.nats.url: expected ${address}, found "broker:4222"`],
   ["{ nats: { url: http://broker } }", `bus.nats.url: expected ${address}, found "http://broker"`],
-  ["{ nats: { url: nats://user:password@broker } }", `bus.nats.url: expected ${address}, found "nats://user:password@broker"`],
+  ["{ nats: { url: nats://user:password@broker } }", `bus.nats.url: expected ${address}, found "nats://…@broker"`],
   ["{ nats: { url: nats://broker, token: a, nkey: b } }", "bus.nats.token: one of credentials, nkey, token is enough, found nkey and token"],
   ["{ nats: { url: nats://broker, tls: { cert: a } } }", "bus.nats.tls.cert: needs key beside it"],
   ["{ nats: { url: nats://broker, tls: { verify: false } } }", "bus.nats.tls.verify: unknown key; allowed: ca, cert, key"],

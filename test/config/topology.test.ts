@@ -22,7 +22,7 @@ describe("a topology file", () => {
   test("the default one is complete, and says the same as one line", () => {
     const full = loadTopology(single).topology
     expect(full).toEqual(parseTopology("penstock: 1", { path: "/somewhere/x.yaml" }).topology)
-    expect(full.kvStore).toEqual({ replicas: 1, memory: 256 * 2 ** 20, disk: { path: "auto", size: 2 * 2 ** 30 }, eviction: "lru" })
+    expect(full.kvStore).toEqual({ replicas: 1, memory: 256 * 2 ** 20, disk: { path: "auto", size: 2 * 2 ** 30 }, eviction: "lru", shared: false })
     expect(full.workers[0]).toEqual({ name: "w0", roles: ["prefill", "decode"], labels: {}, device: "cpu", threads: "auto", kv: { blocks: "auto", dtype: "f16", blockTokens: 16 }, maxBatch: 32 })
   })
 
@@ -152,6 +152,7 @@ describe("a topology file", () => {
       { path: "/else/kv", size: 2 ** 30 },
       { path: "auto", size: 0 },
     ])
+    expect(problems("penstock: 1\nkvStore: { shared: yes }\n")).toEqual(['single.yaml:2: kvStore.shared: expected true or false, found "yes"'])
     expect(problems("penstock: 1\nkvStore: { eviction: fifo }\n")).toEqual(['single.yaml:2: kvStore.eviction: expected one of lru, lfu, length-aware, found "fifo"'])
   })
 

@@ -142,7 +142,7 @@ describe("block hashes", () => {
   })
 
   it("keep models, tenants and salts apart, and do not depend on where the tokens lie in memory", () => {
-    const roots = [root, hashRoot({ modelDigest: "n", tenant: "t", cacheSalt: undefined }), hashRoot({ modelDigest: "m", tenant: "u", cacheSalt: undefined }), hashRoot({ modelDigest: "m", tenant: "t", cacheSalt: "s" }), hashRoot({ modelDigest: "m", tenant: "t", cacheSalt: "null" })]
+    const roots = [root, hashRoot({ modelDigest: "n", tenant: "t", cacheSalt: undefined }), hashRoot({ modelDigest: "m", tenant: "u", cacheSalt: undefined }), hashRoot({ modelDigest: "m", tenant: "t", cacheSalt: "s" }), hashRoot({ modelDigest: "m", tenant: "t", cacheSalt: "null" }), hashRoot({ modelDigest: "m", tenant: undefined, cacheSalt: undefined }), hashRoot({ modelDigest: "m", tenant: "null", cacheSalt: undefined })]
     expect(new Set(roots.map((other) => blockHash(other, Int32Array.of(1, 2)))).size).toBe(roots.length)
     expect(blockHash(root, Int32Array.of(0, 1, 2, 3).subarray(1, 3))).toBe(blockHash(root, Int32Array.of(1, 2)))
     expect(root).toHaveLength(16)

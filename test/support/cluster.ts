@@ -114,7 +114,7 @@ export class Cluster {
   async untilStored(): Promise<void> {
     for (const { worker } of this.node.workers.values()) {
       const message = { formatId: worker.formatId, hashes: packHashes(worker.engine.blocks.knownHashes()) }
-      const ask = this.link.ask(Have, subject("main", "kv-store", anyId, Have.verb), message, { hop: "kv-store" })
+      const ask = this.link.ask(Have, subject(this.node.namespace, "kv-store", anyId, Have.verb), message, { hop: "kv-store" })
       while (!(await Effect.runPromise(ask)).present.every((here) => here)) await new Promise((resolve) => setTimeout(resolve, 2))
     }
   }

@@ -213,6 +213,8 @@ export const limits = {
   reconcileRetryMs: 1_000,
   /** … up to this. */
   reconcileRetryMaxMs: 60_000,
+  /** Commands that wait for a running Penstock ask it this often. */
+  operatePollMs: 150,
   /** A topology file that changes is read once it has been the same for this long … */
   topologySettleMs: 150,
   /** … and looked at this often where the file system tells nothing of it. */

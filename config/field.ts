@@ -64,16 +64,17 @@ export const path = text("the path of a file", /./)
 
 const isWithin = (found: unknown, least: number, most: number): found is number => typeof found === "number" && Number.isInteger(found) && found >= least && found <= most
 
-export const integer = (least: number, most: number) =>
+/** A whole number, of something where that needs saying. */
+export const integer = (least: number, most: number, of = "") =>
   field({
-    expected: `a whole number in ${least} … ${most}`,
+    expected: `a whole number ${of === "" ? "" : `of ${of} `}in ${least} … ${most}`,
     json: { type: "integer", minimum: least, maximum: most },
     read: (found) => (isWithin(found, least, most) ? found : undefined)
   })
 
-export const autoOr = (least: number, most: number) =>
+export const autoOr = (least: number, most: number, of: string) =>
   field({
-    expected: `auto or a whole number in ${least} … ${most}`,
+    expected: `auto or a whole number of ${of} in ${least} … ${most}`,
     json: { anyOf: [{ enum: ["auto"] }, { type: "integer", minimum: least, maximum: most }] },
     read: (found): number | "auto" | undefined => (found === "auto" || isWithin(found, least, most) ? found : undefined)
   })

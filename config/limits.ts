@@ -6,6 +6,9 @@ export const limits = {
   topologyBytes: 64 * 1024,
   /** Most actors' messages waiting in one mailbox; the next is refused as overloaded. */
   mailboxMessages: 1024,
+  /** Senders whose latest incarnation an actor remembers, and for how long after its last word it refuses what an earlier one asks. */
+  fencedSenders: 4_096,
+  fenceMs: 60_000,
   /** Most streams (requests) an actor serves at once; the next is refused as overloaded. */
   actorStreams: 1024,
   /** Most bytes of one bus message, headers included: the default max_payload of a NATS server. */
@@ -24,6 +27,8 @@ export const limits = {
   busPingIntervalMs: 3_000,
   /** Time that closing a bus may take to deliver what is on its way. */
   busDrainDeadlineMs: 1_000,
+  /** Subjects that a NATS server has refused to take from this process and that are remembered, so that it is not asked again. */
+  busRefusedSubjects: 256,
   /** Longest wait for a spawned nats-server to listen. */
   natsServerStartDeadlineMs: 10_000,
   /** Time that a nats-server has to end before it is killed. */
@@ -52,12 +57,22 @@ export const limits = {
   heartbeatSilenceMs: 3_000,
   /** The scheduler's predicted load of a request that no worker knows of lapses after this. */
   placementLeaseMs: 30_000,
+  /** Prompts wait in the scheduler's queue once a worker has so much of them to compute, at the speed that it has measured … */
+  prefillQueueMs: 2_000,
+  /** … or so many tokens, before there was anything to measure. */
+  prefillQueueTokens: 2_048,
   /** Longest wait for a placement in the scheduler's queue. */
   placementDeadlineMs: 300_000,
   /** Longest time a request waits for a worker to come back before it fails. */
   recoveryDeadlineMs: 30_000,
   /** Most placements of one request, the first included. */
   placementAttempts: 4,
+  /** Most times that one request is given away by its worker, or its request actor, and placed again at once … */
+  movesPerRequest: 64,
+  /** … while the KV that a worker has given away is not fetched, the worker waits so long for it before it ends. */
+  movedKvMs: 300,
+  /** Time that an actor has to give away what it does when it is told to end. */
+  leaveDeadlineMs: 1_000,
   /** What a refused client is asked to wait before it tries again. */
   retryAfterMs: 1_000,
   /** Tokens (rows) of one engine step: decode rows first, then prefill chunks up to this. */
@@ -192,6 +207,20 @@ export const limits = {
   /** Share of the machine's free memory that `kv.blocks: auto` takes at most, and its bound. */
   autoPoolMemoryShare: 0.25,
   autoPoolBytes: 2 * 1024 * 1024 * 1024,
+  /** Longest wait for what a worker decodes to go on elsewhere, or to end, before it is stopped. */
+  drainDeadlineMs: 30_000,
+  /** A step of a plan that failed is tried again after this long, doubling … */
+  reconcileRetryMs: 1_000,
+  /** … up to this. */
+  reconcileRetryMaxMs: 60_000,
+  /** Commands that wait for a running Penstock ask it this often. */
+  operatePollMs: 150,
+  /** A topology file that changes is read once it has been the same for this long … */
+  topologySettleMs: 150,
+  /** … and looked at this often where the file system tells nothing of it. */
+  topologyPollMs: 1_000,
+  /** Changes of the topology that are remembered and shown. */
+  topologyChanges: 32,
   /** Longest wait for a component's process to serve, its model loaded. */
   componentStartDeadlineMs: 120_000,
   /** A signal to the whole process group reaches all of its processes within this time. */
@@ -212,6 +241,7 @@ export const limits = {
 
 const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.streamKeepAliveMs * 3 <= limits.streamSilenceMs, "streamKeepAliveMs * 3 <= streamSilenceMs"],
+  [limits.streamSilenceMs * 2 <= limits.fenceMs, "streamSilenceMs * 2 <= fenceMs"],
   [limits.heartbeatIntervalMs * 3 <= limits.heartbeatSilenceMs, "heartbeatIntervalMs * 3 <= heartbeatSilenceMs"],
   [limits.maxPayloadBytes <= limits.busConfirmBytes, "maxPayloadBytes <= busConfirmBytes"],
   [limits.busConfirmBytes * 16 <= limits.busPendingBytes, "busConfirmBytes * 16 <= busPendingBytes"],
@@ -238,9 +268,12 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   // A supervisor kills a process after half of it.
   [limits.storeFlushDeadlineMs * 2 < limits.shutdownDeadlineMs, "storeFlushDeadlineMs * 2 < shutdownDeadlineMs"],
   [limits.storeDeadlineMs * 2 <= limits.storePutDeadlineMs, "storeDeadlineMs * 2 <= storePutDeadlineMs"],
+  [limits.leaveDeadlineMs * 2 < limits.shutdownDeadlineMs, "leaveDeadlineMs * 2 < shutdownDeadlineMs"],
+  [limits.movedKvMs * 2 < limits.leaveDeadlineMs, "movedKvMs * 2 < leaveDeadlineMs"],
   [limits.storePeerDeadlineMs * 2 < limits.storeDeadlineMs, "storePeerDeadlineMs * 2 < storeDeadlineMs"],
   [limits.streamWindowFrames <= limits.streamBacklogFrames, "streamWindowFrames <= streamBacklogFrames"],
   [limits.placementDeadlineMs <= limits.requestDeadlineMs, "placementDeadlineMs <= requestDeadlineMs"],
+  [limits.stepTokens <= limits.prefillQueueTokens, "stepTokens <= prefillQueueTokens"],
   [limits.maxBatch <= limits.mixedStepTokens, "maxBatch <= mixedStepTokens"],
   [limits.mixedStepTokens <= limits.stepTokens, "mixedStepTokens <= stepTokens"],
   [limits.maxBatch <= limits.stepOutputs, "maxBatch <= stepOutputs"],

@@ -5,7 +5,6 @@ import { Result, Schema } from "effect"
 import { ConfigError } from "./config-error.ts"
 import { limits } from "./limits.ts"
 import { parseModel, type ModelSpec } from "./models.ts"
-import { nearest } from "./nearest.ts"
 import { notYet } from "./not-yet.ts"
 import { problemsOf, showFound, showPath, valueAt, type Problem } from "./problem.ts"
 import { natsSecrets, resolveBus, roles, Topology } from "./topology.ts"
@@ -109,7 +108,7 @@ export const parseTopology = (text: string, { path, overrides = {} }: ParseTopol
     // An unknown key ends the decoding of its mapping before the values are looked at; a second pass shows those as well.
     const values = decode("ignore")
     const issues = Result.isFailure(values) ? [decoded.failure.issue, values.failure.issue] : [decoded.failure.issue]
-    return refuse(issues.flatMap((issue) => problemsOf(issue, value, nearest)))
+    return refuse(issues.flatMap((issue) => problemsOf(issue, value)))
   }
   const written = decoded.success
   const keys = written.gateway.keys

@@ -1,4 +1,5 @@
-import type { Topology } from "./topology.ts"
+import { Schema } from "effect"
+import { Topology } from "./topology.ts"
 
 /** A value of the design that is not built yet, where it stands, and what to write instead. */
 export interface NotYet {
@@ -26,3 +27,18 @@ const rules: ReadonlyArray<Rule> = [
 
 /** Everything in this topology that would silently do nothing if it were let through. */
 export const notYet = (topology: Topology): ReadonlyArray<NotYet> => rules.flatMap((rule) => rule(topology))
+
+/** The same value with another one at a path. */
+const withValueAt = (value: unknown, [key, ...rest]: ReadonlyArray<string | number>, leaf: unknown): unknown => {
+  if (key === undefined) return leaf
+  if (Array.isArray(value)) return value.map((item, index) => (index === key ? withValueAt(item, rest, leaf) : item))
+  const mapping = (value ?? {}) as Readonly<Record<string, unknown>>
+  return { ...mapping, [key]: withValueAt(mapping[key], rest, leaf) }
+}
+
+/** What to write at a path for now, where one of these values of it is not built; for the reference. */
+export const usableOf = (path: ReadonlyArray<string | number>, samples: ReadonlyArray<unknown>): string | undefined => {
+  const defaults = Schema.decodeUnknownSync(Topology)({ penstock: 1 })
+  const refused = samples.flatMap((sample) => notYet(withValueAt(defaults, path, sample) as Topology))
+  return refused.find((entry) => entry.path.join() === path.join())?.use
+}

@@ -1,4 +1,5 @@
 import type { SchemaIssue } from "effect"
+import { nearest } from "./nearest.ts"
 
 export type Path = ReadonlyArray<PropertyKey>
 
@@ -14,9 +15,9 @@ export interface Problem {
 export const showPath = (path: Path): string =>
   path.reduce<string>((text, key) => (typeof key === "number" ? `${text}[${key}]` : text === "" ? String(key) : `${text}.${String(key)}`), "")
 
-/** A value that was found, as an error shows it. */
+/** A value that was found, as an error shows it: without what stands before the @ of an address, which may be a password. */
 export const showFound = (value: unknown): string => {
-  const text = JSON.stringify(value) ?? "nothing"
+  const text = (JSON.stringify(value) ?? "nothing").replace(/\/\/[^/@\s"]*@/g, "//…@")
   return text.length > 60 ? `${text.slice(0, 57)}…` : text
 }
 
@@ -42,11 +43,11 @@ const likeliest = (forms: ReadonlyArray<SchemaIssue.Issue>, found: unknown): Rea
 
 /**
  * Flattens Effect's tree of issues; the formatter that comes with it cannot name the allowed keys.
- * @param file the value that was decoded, with the path's start in it
- * @param suggest the allowed key that a mistyped one was probably meant to be
+ * @param file the value that was decoded
+ * @param path from there to what the issue is about
  */
-export const problemsOf = (issue: SchemaIssue.Issue, file: unknown, suggest: (key: string, allowed: ReadonlyArray<string>) => string | undefined, path: Path = []): ReadonlyArray<Problem> => {
-  const inner = (issue: SchemaIssue.Issue, at: Path = path) => problemsOf(issue, file, suggest, at)
+export const problemsOf = (issue: SchemaIssue.Issue, file: unknown, path: Path = []): ReadonlyArray<Problem> => {
+  const inner = (issue: SchemaIssue.Issue, at: Path = path) => problemsOf(issue, file, at)
   const found = () => `, found ${showFound(valueAt(file, path))}`
   switch (issue._tag) {
     case "Pointer":
@@ -62,7 +63,7 @@ export const problemsOf = (issue: SchemaIssue.Issue, file: unknown, suggest: (ke
         : likeliest(issue.issues, valueAt(file, path)).flatMap((each) => inner(each))
     case "UnexpectedKey": {
       const allowed = keysOf(issue.ast)
-      const meant = suggest(String(path.at(-1)), allowed)
+      const meant = nearest(String(path.at(-1)), allowed)
       return [{ path, atKey: true, message: `unknown key${meant === undefined ? "" : `, did you mean ${meant}?`}; allowed: ${allowed.join(", ")}` }]
     }
     case "MissingKey":

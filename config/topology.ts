@@ -4,7 +4,8 @@ import { autoOr, bytes, distinctiveKey, duration, exactly, field, integer, key, 
 import { limits } from "./limits.ts"
 import { modelNames } from "./models.ts"
 
-const namePattern = /^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$/
+/** Of clusters, workers and stores: a token of a NATS subject. */
+export const namePattern = /^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$/
 
 const name = text("a name of letters, digits, - and _ (at most 63)", namePattern)
 
@@ -46,17 +47,20 @@ const natsUrl = field({
 /** Of these at most one is said. */
 export const natsSecrets = ["credentials", "nkey", "token"] as const
 
+/** Of what each kind of process may have its own. */
+const pathOfRole = text("the path of a file; {role} in it is gateway, request, scheduler, worker, kv-store or node", /^(?=.)([^{}]|\{role\})*$/)
+
 const tls = Schema.Struct({
   ca: optionalKey("PEM file of authorities that are trusted beside the system's.", path),
-  cert: optionalKey("PEM file of the certificate that Penstock shows the server; it needs `key`.", path),
-  key: optionalKey("PEM file of that certificate's key; it needs `cert`.", path)
+  cert: optionalKey("PEM file of the certificate that Penstock shows the server; it needs `key`.", pathOfRole),
+  key: optionalKey("PEM file of that certificate's key; it needs `cert`.", pathOfRole)
 }).annotate({ json: { dependencies: { cert: ["key"], key: ["cert"] } } })
 
 const natsServer = Schema.Struct({
   url: distinctiveKey("Address of a NATS server of your own.", natsUrl),
-  credentials: optionalKey("A `.creds` file to log in with.", path),
-  nkey: optionalKey("A file that holds the seed of an nkey to log in with.", path),
-  token: optionalKey("A file that holds a token to log in with.", path),
+  credentials: optionalKey("A `.creds` file to log in with.", pathOfRole),
+  nkey: optionalKey("A file that holds the seed of an nkey to log in with.", pathOfRole),
+  token: optionalKey("A file that holds a token to log in with.", pathOfRole),
   tls: optionalKey("Files of a connection over TLS.", tls)
 }).annotate({ json: { allOf: natsSecrets.flatMap((one, index) => natsSecrets.slice(index + 1).map((other) => ({ not: { required: [one, other] } }))) } })
 
@@ -87,6 +91,13 @@ export const resolveBus = (written: Bus, base: string): Bus => {
   }
 }
 
+/** The same with the files of one kind of process, whose name takes the place of `{role}`. */
+export const natsOfRole = (nats: NatsAddress, role: string): NatsAddress => {
+  const of = (file: string | undefined) => file?.replaceAll("{role}", role)
+  const { url, credentials, nkey, token, tls: files } = nats
+  return { url, credentials: of(credentials), nkey: of(nkey), token: of(token), tls: files === undefined ? undefined : { ca: files.ca, cert: of(files.cert), key: of(files.key) } }
+}
+
 /** The roles a worker can have. */
 export const roles = ["prefill", "decode"] as const
 export type Role = (typeof roles)[number]
@@ -101,7 +112,7 @@ const gateway = Schema.Struct({
 const scheduler = Schema.Struct({
   policy: key("How a worker is chosen for a request.", oneOf(["random", "round-robin", "least-loaded", "cache-aware", "kv-centric"]), "cache-aware"),
   admission: key("Whether a request is refused early where `objectives` would be missed.", oneOf(["none", "early-rejection", "predicted-early-rejection"]), "none"),
-  queue: key("Requests that may wait for a place; the next is answered 429.", integer(1, 1_000_000), 256),
+  queue: key("How many may wait for a place; the next is answered 429.", integer(1, 1_000_000, "requests"), 256),
   objectives: optionalKey(
     "What `admission` protects.",
     Schema.Struct({
@@ -114,9 +125,9 @@ const scheduler = Schema.Struct({
 })
 
 const kv = Schema.Struct({
-  blocks: key("Blocks of the pool; `auto` is a quarter of the free memory, at most 2 GiB.", autoOr(1, 2 ** 24), "auto"),
-  dtype: key("What keys and values are kept in; one for all workers.", oneOf(["f16", "int8", "int4"]), "f16"),
-  blockTokens: key("Tokens of a block; one for all workers.", integer(1, 1024), 16)
+  blocks: key("How large the pool is; `auto` is a quarter of its share of the free memory, at most 2 GiB.", autoOr(1, 2 ** 24, "blocks"), "auto"),
+  dtype: key("What keys and values are kept in: `int8` has 1.88 times the tokens in the same memory, `int4` 3.56 times, much less exact; one for all workers.", oneOf(["f16", "int8", "int4"]), "f16"),
+  blockTokens: key("How large a block is; one for all workers.", integer(1, 1024, "tokens"), 16)
 })
 
 /** Keys and values of labels: of a worker, and of the nodes that it may run on. */
@@ -134,21 +145,21 @@ const worker = Schema.Struct({
   roles: key("What it does; over all workers each role is somebody's.", listOf("roles", roles), ["prefill", "decode"]),
   labels: key("What the node that it runs on must be labelled with, all of it.", labels, {}),
   device: key("Where it computes.", text("cpu, cuda or cuda:N", /^(cpu|cuda(:\d{1,3})?)$/, { examples: ["cpu", "cuda", "cuda:0"] }), "cpu"),
-  threads: key("Threads that compute; `auto` shares the machine's cores among its workers.", autoOr(1, 1024), "auto"),
+  threads: key("How many compute; `auto` is PENSTOCK_THREADS, or else all cores of the machine.", autoOr(1, 1024, "threads"), "auto"),
   kv: key("Its KV pool.", kv, {}),
-  maxBatch: key("Most sequences that it decodes at once.", integer(1, limits.maxBatch), 32)
+  maxBatch: key("How many it decodes at once at most.", integer(1, limits.maxBatch, "sequences"), 32)
 })
 
 const flag = field({ expected: "true or false", json: { type: "boolean" }, read: (found) => (typeof found === "boolean" ? found : undefined) })
 
 const kvStore = Schema.Struct({
   replicas: key("KV stores of the cluster; 0 for none.", integer(0, 64), 1),
-  memory: key("Blocks that each store keeps in memory.", bytes, "256MiB"),
+  memory: key("How much each store keeps in memory.", bytes, "256MiB"),
   disk: key(
     "What each store keeps on disk.",
     Schema.Struct({
-      path: key("A folder, in which each store has its own, from the topology file's; `auto` is in PENSTOCK_HOME, by the cluster's name.", text("auto or the path of a folder", /./), "auto"),
-      size: key("Blocks that each store keeps there; 0B for no disk.", bytes, "2GiB")
+      path: key("A folder, in which each store has its own, from the topology file's folder on; `auto` is in PENSTOCK_HOME, by the cluster's name.", text("auto or the path of a folder", /./), "auto"),
+      size: key("How much each store keeps there; 0B for no disk.", bytes, "2GiB")
     }),
     {}
   ),

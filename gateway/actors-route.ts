@@ -6,17 +6,19 @@ import { json, type Handler } from "./call.ts"
 
 const rounded = (value: number): number => Math.round(value * 10) / 10
 
-const workersOf = (members: ReadonlyArray<PresenceMessage>) =>
-  members.flatMap(({ id, node, pid, epoch, worker }) => {
+type Present = PresenceMessage & { readonly generation: string }
+
+const workersOf = (members: ReadonlyArray<Present>) =>
+  members.flatMap(({ id, node, pid, epoch, worker, generation }) => {
     if (worker === undefined) return []
     const { roles, device, load, kv, prefillTokPerS } = worker
     // From this bandwidth on, moving KV is faster than computing it here.
     const breakEvenMbPerS = prefillTokPerS === undefined ? null : rounded((prefillTokPerS * kv.bytesPerToken) / 1e6)
-    return [{ name: id, node, pid, roles, device, epoch, load, kv, prefillTokPerS: prefillTokPerS === undefined ? null : rounded(prefillTokPerS), breakEvenMbPerS }]
+    return [{ name: id, generation, node, pid, roles, device, epoch, load, kv, prefillTokPerS: prefillTokPerS === undefined ? null : rounded(prefillTokPerS), breakEvenMbPerS }]
   })
 
-const actorsOf = (members: ReadonlyArray<PresenceMessage>) =>
-  members.flatMap(({ kind, id, node, pid, state, worker, store }) => (worker?.roles ?? [kind]).map((role: string) => ({ kind: role, id, node, pid, state, ...(store === undefined ? {} : { store }) })))
+const actorsOf = (members: ReadonlyArray<Present>) =>
+  members.flatMap(({ kind, id, generation, node, pid, state, worker, store }) => (worker?.roles ?? [kind]).map((role: string) => ({ kind: role, id, generation, node, pid, state, ...(store === undefined ? {} : { store }) })))
 
 const transfersOf = (members: ReadonlyArray<PresenceMessage>) => {
   const sum = { completed: 0, failed: 0, fallbacks: 0, bytes: 0, ms: 0 }
@@ -30,7 +32,7 @@ const transfersOf = (members: ReadonlyArray<PresenceMessage>) => {
 
 export const actors: Handler = (gateway) =>
   Effect.sync(() => {
-    const members = gateway.members.all
-    const here = { kind: "gateway", id: "g0", node: hostname(), pid: process.pid, state: gateway.admission.closing ? "leaving" : "serving" }
+    const members = gateway.members().flatMap(({ generation, members }) => members.map((member): Present => ({ ...member, generation })))
+    const here = { kind: "gateway", id: "g0", generation: gateway.generation, node: hostname(), pid: process.pid, state: gateway.admission.closing ? "leaving" : "serving" }
     return json(200, { workers: workersOf(members), actors: [here, ...actorsOf(members)], transfers: transfersOf(members) })
   })

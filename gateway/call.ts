@@ -3,11 +3,12 @@ import { ByteSize, Effect } from "effect"
 import { HttpIncomingMessage, HttpServerResponse, type HttpServerRequest } from "effect/http"
 import type { Scope } from "effect/Scope"
 import { limits } from "../config/limits.ts"
-import type { Members } from "../actors/presence/members.ts"
+import type { PresenceMessage } from "../actors/messages/presence.ts"
 import type { Link } from "../actors/runtime/link.ts"
 import type { Admission, Stop } from "./admission.ts"
 import { ApiError, asApiError, invalid, modelNotFound } from "./errors.ts"
 import type { Keys } from "./keys.ts"
+import type { TopologyAccess } from "./topology-access.ts"
 import type { StoredResponses } from "./stored-responses.ts"
 
 export interface ServedModel {
@@ -17,17 +18,37 @@ export interface ServedModel {
   readonly created: number
   readonly ownedBy: string
   readonly contextLength: number
+  /** Digest of its file: token ids mean the same as long as it does. */
+  readonly digest: string
 }
 
-export interface GatewayContext {
-  readonly link: Link
+/** A generation as its clients see it. */
+export interface Served {
+  readonly id: string
+  /** Where its actors speak. */
   readonly namespace: string
   readonly model: ServedModel
+}
+
+/** Who serves in one generation. */
+export interface ServingMembers {
+  readonly generation: string
+  readonly members: ReadonlyArray<PresenceMessage>
+}
+
+/** The gateway as one request finds it, and keeps it: later ones may go to another generation. */
+export interface GatewayContext extends Omit<Served, "id"> {
+  readonly generation: string
+  readonly link: Link
+  /** Counts a request of this generation, until the returned function is called. */
+  readonly enter: () => () => void
   readonly keys: Keys
   readonly admission: Admission
   readonly stored: StoredResponses
-  readonly members: Members
+  readonly members: () => ReadonlyArray<ServingMembers>
   readonly ready: () => { readonly ready: boolean; readonly reason?: string }
+  /** Where the topology can be read and changed. */
+  readonly topology: TopologyAccess | undefined
   readonly keepAliveMs: number
   readonly stallMs: number
   readonly bodyBytes: number
@@ -53,15 +74,17 @@ export const attempt = <A>(run: () => Promise<A> | A): Effect.Effect<A, ApiError
     }),
   )
 
-/** The body as JSON, whatever its content type says. */
-export const readJson = (gateway: GatewayContext, call: Call): Effect.Effect<unknown, ApiError> => {
+/** The body, whatever its content type says. */
+export const readText = (gateway: GatewayContext, call: Call): Effect.Effect<string, ApiError> => {
   if (Number(call.request.headers["content-length"]) > gateway.bodyBytes) return Effect.fail(tooLarge(gateway.bodyBytes))
   return call.request.text.pipe(
     Effect.provideService(HttpIncomingMessage.MaxBodySize, ByteSize.bytes(gateway.bodyBytes)),
     Effect.mapError((error) => (error.reason._tag === "RequestParseError" && error.reason.reason === "BodyTooLarge" ? tooLarge(gateway.bodyBytes) : invalid(undefined, "the body could not be read to its end"))),
-    Effect.flatMap((text) => attempt(() => parseJson(text))),
   )
 }
+
+/** The body as JSON. */
+export const readJson = (gateway: GatewayContext, call: Call): Effect.Effect<unknown, ApiError> => Effect.flatMap(readText(gateway, call), (text) => attempt(() => parseJson(text)))
 
 /** Throws an ApiError 400 with the parser's reason, which has the position where the parser knows it. */
 export const parseJson = (text: string): unknown => {

@@ -1,6 +1,6 @@
 /**
- * One prompt's generation as the gateway reads it: a stream of events that survives a request actor which fails before
- * its first token, ends with a Fault where it cannot, and never outlives the request's deadline.
+ * One prompt's generation as the gateway reads it: a stream of events that survives the request actor it had, goes on with
+ * another from what was delivered, ends with a Fault where it cannot, and never outlives the request's deadline.
  */
 import { limits } from "../config/limits.ts"
 import { decodeGenerateEvent, type FinishReason, type GenerateEvent, type GenerateMessage } from "../actors/messages/request.ts"
@@ -16,16 +16,13 @@ export type GenerateOrder = Omit<GenerateMessage, "attempt" | "delivered">
 
 // An overloaded system is not asked again at once: the client is told when to. What happens behind a request actor is that
 // actor's to try again, and it has.
-const resumable: ReadonlySet<FaultCode> = new Set(["unavailable", "disconnected", "deadline_exceeded"])
+const resumable: ReadonlySet<FaultCode> = new Set(["unavailable", "disconnected", "deadline_exceeded", "shutting_down", "moved", "stale"])
 
-/**
- * The message that continues a generation elsewhere, with what was delivered, or undefined where it cannot be continued: it
- * is not the request actor that was lost.
- */
-export const resume = (order: GenerateOrder, attempt: number, delivered: ReadonlyArray<ReadonlyArray<number>>, fault: Fault): GenerateMessage | undefined => {
-  if (!/^(request|bus)\b/.test(fault.hop) || !resumable.has(fault.code) || attempt >= limits.generateAttempts) return undefined
-  return { ...order, attempt, delivered: delivered.map((tokens) => packTokens(tokens)) }
-}
+/** Whether a generation goes on with another request actor: it is the one that it had which is lost, gives it back, or is over. */
+const isResumable = (fault: Fault): boolean => /^(request|bus)\b/.test(fault.hop) && resumable.has(fault.code)
+
+/** The request actor lives, and does not want it: no failure, so long as that does not happen again and again. */
+const isGivenBack = (fault: Fault): boolean => fault.code === "moved" || fault.code === "stale"
 
 export class Generation {
   readonly #open: OpenGenerate
@@ -35,8 +32,12 @@ export class Generation {
   readonly #delivered: ReadonlyArray<Array<number>> // [choices]
   #reader: StreamReader
   #attempt = 0
+  #failures = 0
+  #moves = 0
+  #faults = 0 // since the last event
+  #failingSinceMs: number | undefined
   #prompted = false
-  #scored = false
+  #scores = { delivered: 0, ofAttempt: 0 } // prompt tokens
   #done = false
   #stopped: Fault | undefined
 
@@ -61,12 +62,10 @@ export class Generation {
           clearTimeout(this.#deadline)
           return undefined
         }
-        const event = decodeGenerateEvent(frame)
-        if (event.type === "prompt" && this.#prompted) continue // of a later attempt
-        if (event.type === "prompt") this.#prompted = true
-        else if (event.type === "scores") this.#scored = true
-        else if (event.type === "delta") this.#delivered[event.choice]?.push(...event.tokens)
-        else if (event.type === "done") this.#done = true
+        const event = this.#fresh(decodeGenerateEvent(frame))
+        if (event === undefined) continue
+        this.#faults = 0
+        this.#failingSinceMs = undefined
         return event
       } catch (error) {
         await this.#resume(Fault.from(error, "request"))
@@ -81,16 +80,42 @@ export class Generation {
     this.#reader.cancel(fault.message)
   }
 
+  /** What is new to the client of an event, as a later attempt says again what was said before; undefined: nothing. */
+  #fresh(event: GenerateEvent): GenerateEvent | undefined {
+    if (event.type === "delta") this.#delivered[event.choice]?.push(...event.tokens)
+    else if (event.type === "done") this.#done = true
+    else if (event.type === "prompt") {
+      if (this.#prompted) return undefined
+      this.#prompted = true
+    } else {
+      const logprobs = event.logprobs.slice(Math.max(0, this.#scores.delivered - this.#scores.ofAttempt))
+      this.#scores.ofAttempt += event.logprobs.length
+      this.#scores.delivered += logprobs.length
+      return logprobs.length === 0 ? undefined : { ...event, logprobs }
+    }
+    return event
+  }
+
+  /** Goes on with another request actor, from what was delivered: at once where it was given back, else after a while. */
   async #resume(fault: Fault): Promise<void> {
-    const message = this.#stopped === undefined && !this.#scored ? resume(this.#order, this.#attempt + 1, this.#delivered, fault) : undefined
-    const waitMs = limits.generateRetryDelayMs * 2 ** this.#attempt
-    const leftMs = this.#deadlineAtMs - performance.now() - waitMs
-    if (message === undefined || leftMs <= 0) {
+    const nowMs = performance.now()
+    this.#failingSinceMs ??= nowMs
+    const isMove = isGivenBack(fault) && this.#moves < limits.movesPerRequest
+    // Where nobody serves now what has begun, the only request actor may be on its way back: that costs time, but none of the attempts.
+    const isWait = fault.code === "unavailable" && (this.#prompted || this.#moves > 0) && nowMs - this.#failingSinceMs < limits.recoveryDeadlineMs
+    const backOffMs = limits.generateRetryDelayMs * 2 ** this.#faults
+    const waitMs = isMove && this.#faults === 0 ? 0 : isMove || isWait ? Math.min(backOffMs, limits.heartbeatIntervalMs) : backOffMs
+    const leftMs = this.#deadlineAtMs - nowMs - waitMs
+    this.#faults++
+    if (isMove) this.#moves++
+    else if (!isWait) this.#failures++
+    if (this.#stopped !== undefined || !isResumable(fault) || this.#failures >= limits.generateAttempts || leftMs <= 0) {
       clearTimeout(this.#deadline)
       throw this.#stopped ?? fault
     }
-    this.#attempt++
-    await new Promise((resolve) => setTimeout(resolve, waitMs))
+    if (waitMs > 0) await new Promise((resolve) => setTimeout(resolve, waitMs))
+    this.#scores.ofAttempt = 0
+    const message: GenerateMessage = { ...this.#order, attempt: ++this.#attempt, delivered: this.#delivered.map((tokens) => packTokens(tokens)) }
     if (this.#stopped === undefined) this.#reader = this.#open(message, leftMs)
   }
 }

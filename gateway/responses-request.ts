@@ -79,8 +79,9 @@ export const responsesOrder = (gateway: GatewayContext, call: Pick<Call, "tenant
   if (messages.length === 0) throw invalid("input", "expected at least one message, found an empty array")
   checkPromptBytes(gateway, "input", messagesBytes(messages))
   const answered = earlier?.answered
-  // Under other instructions it is another prompt from its beginning. Ids that do not fit the message can be told from the text.
-  const goesOn = answered !== undefined && answered.instructions === instructions && messagesBytes(messages) + answered.tokens.byteLength <= mostPromptBytes(gateway)
+  // Another model has other ids, and under other instructions it is another prompt from its beginning. Ids that do not fit the
+  // message can be told from the text.
+  const goesOn = answered !== undefined && answered.model === gateway.model.digest && answered.instructions === instructions && messagesBytes(messages) + answered.tokens.byteLength <= mostPromptBytes(gateway)
   return {
     requestId: id,
     tenant: call.tenant,
@@ -95,13 +96,13 @@ export const responsesOrder = (gateway: GatewayContext, call: Pick<Call, "tenant
 }
 
 /** The conversation once it is answered; the ids are those of the prompt and of the answer. */
-export const turnAfter = (id: string, earlier: Turn | undefined, body: ResponsesRequest, answer: { readonly text: string; readonly finish: FinishReason; readonly tokens: Uint8Array }): Turn => {
+export const turnAfter = (gateway: Pick<GatewayContext, "model">, id: string, earlier: Turn | undefined, body: ResponsesRequest, answer: { readonly text: string; readonly finish: FinishReason; readonly tokens: Uint8Array }): Turn => {
   const asked = [...(earlier?.messages ?? []), ...inputMessages(body.input)]
   const conversation = conversationOf(id, earlier)
   if (body.generate === false) return { conversation, messages: asked, answered: earlier?.answered }
   const messages = [...asked, { role: "assistant", content: answer.text }]
   // What a stop of the client's own has ended was drawn further than its text goes.
   const stops = (body.stop ?? []).length > 0 || (body.stop_token_ids ?? []).length > 0
-  const answered = stops && answer.finish === "stop" ? earlier?.answered : { tokens: answer.tokens, messages: messages.length, instructions: instructionsOf(body) }
+  const answered = stops && answer.finish === "stop" ? earlier?.answered : { tokens: answer.tokens, model: gateway.model.digest, messages: messages.length, instructions: instructionsOf(body) }
   return { conversation, messages, answered }
 }

@@ -27,7 +27,7 @@ export interface SocketPeer {
 }
 
 export class ResponsesSocket {
-  readonly #gateway: GatewayContext
+  readonly #current: () => GatewayContext
   readonly #socket: NodeWS.WebSocket
   readonly #peer: SocketPeer
   readonly #queue: Array<string> = []
@@ -43,8 +43,10 @@ export class ResponsesSocket {
   #working: Promise<void> = Promise.resolve()
   #sent: Promise<void> = Promise.resolve()
 
-  constructor(gateway: GatewayContext, socket: NodeWS.WebSocket, peer: SocketPeer) {
-    this.#gateway = gateway
+  /** @param current the gateway as it is now: each response is made as it finds it */
+  constructor(current: () => GatewayContext, socket: NodeWS.WebSocket, peer: SocketPeer) {
+    this.#current = current
+    const gateway = current()
     this.#socket = socket
     this.#peer = peer
     socket.on("message", (data, isBinary) => this.#receive(data as Buffer, isBinary))
@@ -68,7 +70,7 @@ export class ResponsesSocket {
     this.#unanswered = 0
     if (isBinary) return void this.#send(errorEvent(invalid(undefined, "expected JSON in a text message, found a binary one")))
     const waitingBytes = this.#queue.reduce((sum, { length }) => sum + length, 0)
-    if (this.#queue.length >= limits.webSocketQueue || (waitingBytes > 0 && waitingBytes + data.byteLength > this.#gateway.bodyBytes)) {
+    if (this.#queue.length >= limits.webSocketQueue || (waitingBytes > 0 && waitingBytes + data.byteLength > this.#current().bodyBytes)) {
       return void this.#send(errorEvent(fromFault(new Fault({ code: "overloaded", message: `${this.#queue.length} responses wait on this connection already`, hop: "gateway" }))))
     }
     this.#queue.push(data.toString("utf8"))
@@ -95,9 +97,10 @@ export class ResponsesSocket {
 
   /** Fails before the first event only; a later failure is the response's own last event. */
   #create = Effect.fnUntraced(function* (this: ResponsesSocket, text: string) {
-    const gateway = this.#gateway
+    const gateway = this.#current()
     const id = responseId()
     const place = yield* Effect.acquireRelease(attempt(() => gateway.admission.enter()), ({ leave }) => Effect.sync(leave))
+    yield* Effect.acquireRelease(Effect.sync(gateway.enter), (leave) => Effect.sync(leave))
     const { body, order, earlier } = yield* attempt(() => {
       const message = parseJson(text)
       const type = typeof message === "object" && message !== null && "type" in message ? message.type : undefined
@@ -112,22 +115,23 @@ export class ResponsesSocket {
     }
     const batch = yield* openBatch(gateway, { onStop }, id, [order])
     if (this.#socket.readyState !== this.#socket.OPEN) batch.stop(clientGone)
-    const events = new ResponseEvents({ id, request: body, model: gateway.model.id, withLogprobs: order.logprobs !== undefined, ended: (ended) => this.#keep(id, earlier, body, ended) })
+    const events = new ResponseEvents({ id, request: body, model: gateway.model.id, withLogprobs: order.logprobs !== undefined, ended: (ended) => this.#keep(gateway, id, earlier, body, ended) })
     yield* attempt(() => this.#stream(batch, events))
   })
 
   #earlier(previous: string | undefined): Turn | undefined {
     if (previous === undefined) return undefined
-    const turn = this.#turns.get(previous) ?? this.#gateway.stored.get(this.#peer.tenant, previous)
-    if (turn === undefined) throw previousNotFound(this.#gateway, previous)
+    const gateway = this.#current()
+    const turn = this.#turns.get(previous) ?? gateway.stored.get(this.#peer.tenant, previous)
+    if (turn === undefined) throw previousNotFound(gateway, previous)
     return turn
   }
 
-  #keep(id: string, earlier: Turn | undefined, body: ResponsesRequest, ended: Ended): void {
-    const turn = turnAfter(id, earlier, body, ended)
+  #keep(gateway: GatewayContext, id: string, earlier: Turn | undefined, body: ResponsesRequest, ended: Ended): void {
+    const turn = turnAfter(gateway, id, earlier, body, ended)
     this.#goesOn(turn.conversation)
     this.#turns.add(id, turn)
-    if (body.store !== false) this.#gateway.stored.add(this.#peer.tenant, id, { ...turn, response: JSON.stringify(ended.response) })
+    if (body.store !== false) gateway.stored.add(this.#peer.tenant, id, { ...turn, response: JSON.stringify(ended.response) })
   }
 
   #goesOn(conversation: string): void {
@@ -136,7 +140,7 @@ export class ResponsesSocket {
     this.#conversations.add(conversation)
     if (oldest === undefined) return
     this.#conversations.delete(oldest)
-    endConversations(this.#gateway, this.#peer.tenant, [oldest])
+    endConversations(this.#current(), this.#peer.tenant, [oldest])
   }
 
   async #stream(batch: Batch, events: ResponseEvents): Promise<void> {
@@ -167,7 +171,8 @@ export class ResponsesSocket {
 
   #ping(): void {
     // Pings are counted, not time: while this process itself stood still, nobody could be heard.
-    if (this.#unanswered * this.#gateway.keepAliveMs > this.#gateway.stallMs) return this.#socket.terminate()
+    const { keepAliveMs, stallMs } = this.#current()
+    if (this.#unanswered * keepAliveMs > stallMs) return this.#socket.terminate()
     this.#unanswered++
     if (this.#socket.readyState === this.#socket.OPEN) this.#socket.ping()
   }
@@ -175,7 +180,7 @@ export class ResponsesSocket {
   #close(): void {
     clearInterval(this.#pings)
     this.#deleted()
-    endConversations(this.#gateway, this.#peer.tenant, this.#conversations)
+    endConversations(this.#current(), this.#peer.tenant, this.#conversations)
     this.#queue.length = 0
     this.#stop?.(clientGone)
   }

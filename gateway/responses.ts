@@ -33,7 +33,7 @@ export const responses: Handler = Effect.fnUntraced(function* (gateway, call) {
     model: gateway.model.id,
     withLogprobs: order.logprobs !== undefined,
     ended: (ended) => {
-      if (body.store !== false) gateway.stored.add(call.tenant, id, { ...turnAfter(id, earlier, body, ended), response: JSON.stringify(ended.response) })
+      if (body.store !== false) gateway.stored.add(call.tenant, id, { ...turnAfter(gateway, id, earlier, body, ended), response: JSON.stringify(ended.response) })
     },
   })
   if (body.stream === true) return yield* streamBatch(gateway, call, batch, responsesStream(events))

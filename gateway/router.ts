@@ -12,10 +12,11 @@ import { completions } from "./completions.ts"
 import { ApiError, asApiError, internalError, reportDefect, shuttingDown, fromFault } from "./errors.ts"
 import { corsHeaders, preflightHeaders, refuseForeignPage } from "./host.ts"
 import { deleteResponse, oneResponse, responses } from "./responses.ts"
+import { drainWorker, getTopology, putTopology } from "./topology-route.ts"
 import { detokenize, health, models, oneModel, ready, tokenize } from "./simple-routes.ts"
 
 interface Route {
-  readonly method: "GET" | "POST" | "DELETE"
+  readonly method: "GET" | "POST" | "PUT" | "DELETE"
   /** Ends with `/*` where the rest of the path is the handler's. */
   readonly path: string
   /** Answers without a key, and is not counted as an open request: for probes. */
@@ -27,6 +28,9 @@ const routes: ReadonlyArray<Route> = [
   { method: "GET", path: "/health", open: true, handler: health },
   { method: "GET", path: "/ready", open: true, handler: ready },
   { method: "GET", path: "/actors", handler: actors },
+  { method: "GET", path: "/topology", handler: getTopology },
+  { method: "PUT", path: "/topology", handler: putTopology },
+  { method: "POST", path: "/topology/drain", handler: drainWorker },
   { method: "GET", path: "/v1/models", handler: models },
   { method: "GET", path: "/v1/models/*", handler: oneModel },
   { method: "POST", path: "/v1/chat/completions", handler: chatCompletions },
@@ -50,9 +54,10 @@ export const pathOf = (url: string): string => {
   return path.length > 1 && path.endsWith("/") ? path.slice(0, -1) : path
 }
 
-/** Answers every request; fails never. */
-export const app = (gateway: GatewayContext): Effect.Effect<HttpServerResponse.HttpServerResponse, never, HttpServerRequest.HttpServerRequest> =>
+/** Answers every request, each as the gateway is when it comes; fails never. */
+export const app = (current: () => GatewayContext): Effect.Effect<HttpServerResponse.HttpServerResponse, never, HttpServerRequest.HttpServerRequest> =>
   Effect.flatMap(HttpServerRequest.HttpServerRequest, (request) => {
+    const gateway = current()
     const requestId = requestIdOf(request.headers["x-request-id"])
     // On Node's response itself, because streams of events are written to it directly.
     const response = NodeHttpServerRequest.toServerResponse(request) as ServerResponse
@@ -97,6 +102,7 @@ const answer = (gateway: GatewayContext, request: HttpServerRequest.HttpServerRe
     if (gateway.admission.closing) return yield* Effect.fail(fromFault(shuttingDown))
     if (route.method === "GET") return yield* route.handler(gateway, { ...call, tenant, onStop: () => {} })
     const place = yield* Effect.acquireRelease(attempt(() => gateway.admission.enter()), ({ leave }) => Effect.sync(leave))
+    yield* Effect.acquireRelease(Effect.sync(gateway.enter), (leave) => Effect.sync(leave))
     return yield* route.handler(gateway, { ...call, tenant, onStop: place.onStop })
   }).pipe(
     Effect.scoped,

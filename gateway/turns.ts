@@ -14,6 +14,8 @@ export interface Turn {
 
 export interface Answered {
   readonly tokens: Uint8Array // int32 little-endian
+  /** Digest of the model whose ids these are. */
+  readonly model: string
   /** So many of the messages, the answer included. */
   readonly messages: number
   /** What stood before them. */

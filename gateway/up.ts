@@ -1,59 +1,61 @@
 /**
- * The command `up`: a topology's actors and the gateway in front of them, in this process, until a signal.
+ * The command `up`: a topology's actors and the gateway in front of them, in this process, until a signal. It follows the file.
  */
-import { Cause, Deferred, Effect, Exit, Layer, Option, type Scope } from "effect"
-import { readEnv } from "../config/env.ts"
+import { Cause, Deferred, Effect, Exit, Option } from "effect"
+import { basename } from "node:path"
+import type { LoadedTopology, TopologyOverrides } from "../config/load-topology.ts"
 import { limits } from "../config/limits.ts"
-import { node, type NodeOptions, type RunningNode } from "../actors/node/node.ts"
-import type { WorkerError } from "../actors/node/worker.ts"
-import { telemetry } from "../actors/runtime/telemetry.ts"
-import { gateway, type GatewayError } from "./gateway.ts"
+import type { ModelSpec } from "../config/models.ts"
+import type { ResolvedModel } from "../actors/node/fetch-model.ts"
+import type { Change, OnChange } from "../actors/node/reconciler.ts"
+import type { RunningWorker } from "../actors/node/worker.ts"
+import { serve } from "./serve.ts"
+import { TopologyFile } from "./topology-file.ts"
 
-export interface Serving extends RunningNode {
-  readonly url: string
-  readonly port: number
+export interface UpOptions {
+  readonly loaded: LoadedTopology
+  readonly overrides: TopologyOverrides
+  readonly fetchModel: (spec: ModelSpec) => Promise<ResolvedModel>
 }
 
-/** Runs the actors and the gateway until the Scope closes: the gateway goes first, and the last spans leave at the end. */
-export const serve = (options: NodeOptions): Effect.Effect<Serving, WorkerError | GatewayError, Scope.Scope> => {
-  const { bus, cluster, telemetry: { otlp } } = options.topology
-  // On the memory bus every component is in this process.
-  const component = bus === "memory" ? { kind: "penstock", id: "up" } : { kind: "gateway", id: "g0" }
-  const tracing = Layer.build(telemetry({ endpoint: readEnv().otlpEndpoint ?? otlp ?? undefined, cluster, component }))
-  return Effect.flatMap(tracing, (context) => Effect.provideContext(serveTraced(options), context))
-}
-
-const serveTraced = (options: NodeOptions): Effect.Effect<Serving, WorkerError | GatewayError, Scope.Scope> =>
-  Effect.gen(function* () {
-    const { topology, model } = options
-    const { host, port, keys } = topology.gateway
-    const running = yield* node(options)
-    const { members } = running
-    const listening = yield* gateway({
-      bus: running.bus,
-      members,
-      namespace: running.namespace,
-      host,
-      port,
-      keysFile: keys ?? undefined,
-      model: { id: model.name, aliases: model.aliases, created: Math.floor(Date.now() / 1000), ownedBy: "penstock", contextLength: running.contextTokens },
-      ready: () => {
-        const serving = members.all.filter(({ kind }) => kind === "worker").map(({ id }) => id)
-        const missing = topology.workers.flatMap(({ name }) => (serving.includes(name) ? [] : [name]))
-        return missing.length === 0 ? { ready: true } : { ready: false, reason: `workers that do not serve now: ${missing.join(", ")}` }
-      },
-    })
-    return { ...running, ...listening }
-  })
+const say = (line: string): void => void process.stdout.write(`${line}\n`)
 
 /** What the workers of this process run on; those of others say it at /actors. */
-const details = (workers: RunningNode["workers"]): string => {
+const details = (workers: ReadonlyMap<string, RunningWorker>): string => {
   const [first] = workers.values()
   if (first === undefined) return ""
   const { isa, threads, blocks, blockTokens, blockBytes } = first.kernels.info
   const each = workers.size > 1 ? " in each worker" : ""
   return ` (${isa}; ${threads} threads and KV for ${blocks * blockTokens} tokens, at most ${((blocks * blockBytes) / 2 ** 30).toFixed(1)} GiB,${each || " in its worker"})`
 }
+
+/** Prints plans, their steps as they are done, and how each ends; of the first one only what fails. */
+const printed = (file: string): OnChange => {
+  const began = new Map<Change, number>()
+  let first: Change | undefined
+  return (change, step) => {
+    first ??= change
+    if (change === first) return
+    if (step !== undefined) {
+      if (step.state === "done") say(`  ${step.step}: done in ${seconds(step.ms ?? 0)}`)
+      else if (step.state === "failed") say(`  ${step.step}: FAILED after ${seconds(step.ms ?? 0)}: ${step.error}`)
+      return
+    }
+    if (change.outcome === "changing") {
+      began.set(change, performance.now())
+      if (change.steps.length > 0) say([`${file}: the plan`, ...change.steps.map((planned, i) => `  ${i + 1}. ${planned.step}`)].join("\n"))
+      return
+    }
+    const tookMs = performance.now() - (began.get(change) ?? performance.now())
+    began.delete(change)
+    const left = change.steps.filter(({ state }) => state !== "done").map((planned) => planned.step)
+    if (change.outcome === "done") say(change.steps.length === 0 ? `${file}: nothing to change` : `done after ${seconds(tookMs)}`)
+    else if (change.outcome === "superseded") say(`${file}: there is a newer one; not done: ${left.join("; ") || "nothing"}`)
+    else say(`failed: ${change.error}\n  what is done stays, and requests are served; not done: ${left.join("; ") || "nothing"}; it is tried again, or mend ${file}`)
+  }
+}
+
+const seconds = (ms: number): string => `${(ms / 1000).toFixed(1)} s`
 
 const signalled: Effect.Effect<string> = Effect.callback((resume) => {
   const handlers = (["SIGINT", "SIGTERM", "SIGHUP"] as const).map((signal) => {
@@ -65,19 +67,22 @@ const signalled: Effect.Effect<string> = Effect.callback((resume) => {
 })
 
 /** Runs until SIGINT, SIGTERM or SIGHUP, which may come while it still starts, and resolves to the exit code after an orderly shutdown. */
-export const up = async (options: NodeOptions): Promise<number> => {
+export const up = async ({ loaded, overrides, fetchModel }: UpOptions): Promise<number> => {
   const startedAtMs = performance.now() - process.uptime() * 1000
   const stopping = Deferred.makeUnsafe<void>()
+  const file = new TopologyFile({ loaded, overrides, fetchModel, say })
   const main = Effect.gen(function* () {
-    const { url, workers } = yield* serve(options)
-    const seconds = ((performance.now() - startedAtMs) / 1000).toFixed(1)
-    process.stdout.write(`Penstock serves ${options.model.name} at ${url}${details(workers)}\n`)
-    process.stdout.write(`ready after ${seconds} s; stop with Ctrl-C\n`)
+    const model = yield* Effect.tryPromise({ try: () => fetchModel(loaded.model), catch: (error) => error as Error })
+    const serving = yield* serve({ topology: loaded.topology, model, revision: loaded.revision, access: file.access, onChange: printed(basename(loaded.path)) })
+    const generation = serving.reconciler.actual.generation?.id ?? ""
+    yield* file.follow(serving.reconciler)
+    say(`Penstock serves ${model.name} at ${serving.url}${details(serving.hosting.workers(generation))}`)
+    say(`ready after ${((performance.now() - startedAtMs) / 1000).toFixed(1)} s; edit ${basename(loaded.path)} to change what runs; stop with Ctrl-C`)
     return yield* Effect.never
   })
   const stop = Effect.gen(function* () {
     const signal = yield* signalled
-    process.stdout.write(`${signal}: stopping\n`)
+    say(`${signal}: stopping`)
     yield* Deferred.succeed(stopping, undefined)
   })
   // A shutdown that hangs is cut off: what is left is freed with the process.

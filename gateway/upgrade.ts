@@ -14,16 +14,16 @@ import { pathOf, requestIdOf, responsesPath } from "./router.ts"
 
 /** The `ws` package itself, since effect's Socket shows neither its buffer (back-pressure) nor its close codes. */
 export class WebSockets {
-  readonly #gateway: GatewayContext
+  readonly #current: () => GatewayContext
   readonly #services: Context.Context<never>
   readonly #server: NodeWS.WebSocketServer
   readonly #open = new Set<ResponsesSocket>()
   readonly #requestIds = new WeakMap<IncomingMessage, string>()
 
-  constructor(gateway: GatewayContext, services: Context.Context<never>) {
-    this.#gateway = gateway
+  constructor(current: () => GatewayContext, bodyBytes: number, services: Context.Context<never>) {
+    this.#current = current
     this.#services = services
-    this.#server = new NodeWS.WebSocketServer({ noServer: true, maxPayload: gateway.bodyBytes, perMessageDeflate: false })
+    this.#server = new NodeWS.WebSocketServer({ noServer: true, maxPayload: bodyBytes, perMessageDeflate: false })
     this.#server.on("headers", (headers, request) => headers.push(`x-request-id: ${this.#requestIds.get(request) ?? ""}`))
   }
 
@@ -60,7 +60,7 @@ export class WebSockets {
   }
 
   #accept(request: IncomingMessage, socket: Duplex, head: Buffer, requestId: string): void {
-    const gateway = this.#gateway
+    const gateway = this.#current()
     if (gateway.admission.closing) throw fromFault(shuttingDown)
     const path = pathOf(request.url ?? "/")
     if (path !== responsesPath) throw new ApiError({ status: 404, type: "invalid_request_error", code: "not_found", message: `there is no WebSocket at ${path.slice(0, 200)}; the Responses protocol is at ${responsesPath}` })
@@ -73,7 +73,7 @@ export class WebSockets {
     const parent = HttpTraceContext.fromHeaders(Headers.fromInput(request.headers as Record<string, string>))
     const services = Option.match(parent, { onNone: () => this.#services, onSome: (span) => Context.add(this.#services, Tracer.ParentSpan, span) })
     this.#server.handleUpgrade(request, socket, head, (client) => {
-      const responses = new ResponsesSocket(gateway, client, { tenant, requestId, services })
+      const responses = new ResponsesSocket(this.#current, client, { tenant, requestId, services })
       this.#open.add(responses)
       client.on("close", () => this.#open.delete(responses))
     })

@@ -45,6 +45,7 @@ export const decodeActor = (options: DecodeActorOptions): Effect.Effect<void, ne
       if (message.formatId !== formatId) {
         return resume(Effect.fail(new Fault({ code: "invalid_request", message: `${link.sender}: holds KV of format ${formatId}, not ${message.formatId}`, hop: link.sender })))
       }
+      if (!worker.roles.includes("decode")) return resume(Effect.fail(new Fault({ code: "moved", message: `${link.sender}: decodes no more`, hop: link.sender })))
       const id = randomUUID().replaceAll("-", "")
       const stopReceiving = () => worker.receiving.get(id)?.stop()
       const fail = (fault: Fault) => {

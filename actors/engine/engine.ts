@@ -77,7 +77,8 @@ export class Engine {
       if (missing !== undefined) options.onReturn?.(missing)
     }
     const cancel = (id: string, why: CancelReason) => this.cancel(id, why)
-    this.#loop = new StepLoop({ name, cancel, kernels, blocks, blockTokens, budget, queue, generations, counters, costs: options.costs, onReturn, check: () => this.checkInvariants() })
+    const check = () => this.checkInvariants()
+    this.#loop = new StepLoop({ name, cancel, check, kernels, blocks, blockTokens, budget, queue, generations, counters, costs: options.costs, onReturn })
     this.#holds = new BlockHolds(blocks, kernels, () => this.#loop.notify()) // a reservation may wait for what is released
     this.broken = this.#loop.broken
   }
@@ -156,24 +157,30 @@ export class Engine {
     return this.#generations.all.reduce((sum, { prefill, prefillDone, sequences }) => sum + (prefill === undefined || prefillDone ? 0 : sequences.reduce((pending, sequence) => pending + sequence.pending, 0)), 0)
   }
 
-  /** What a reserved generation lacks. */
-  missingKv(id: string): MissingKv {
-    const { from, hashes } = this.missingBlocks(id)
+  /** What a reserved generation lacks; where its choices have parted, what the n-th of them does, beyond what is known here by now. */
+  missingKv(id: string, nth = 0): MissingKv {
+    const { from, hashes } = this.missingBlocks(id, nth)
     const group = this.#generations.get(id)
     return {
       trace: group?.spec.trace,
-      tokens: group?.sequences[0]?.length ?? 0,
+      tokens: group?.sequences[nth]?.length ?? 0,
       from,
       hashes,
-      importLayers: (range, payload, seed, crc) => this.importLayers(id, range, payload, seed, crc),
-      accept: (blocks) => this.acceptPrefix(id, from, blocks),
+      importLayers: (range, payload, seed, crc) => this.importLayers(id, range, payload, seed, crc, nth),
+      accept: (blocks) => this.acceptPrefix(id, from, blocks, nth),
     }
   }
 
+  /** Choices of a generation that have blocks of their own. */
+  partedChoices(id: string): number {
+    return this.#generations.get(id)?.sequences.length ?? 0
+  }
+
   /** The blocks that a reserved generation lacks: their place in its table, and their hashes. */
-  missingBlocks(id: string): { readonly from: number; readonly hashes: ReadonlyArray<BlockHash> } {
-    const sequence = this.#generations.get(id)?.sequences[0]
-    if (sequence === undefined || sequence.group.spec.promptLogprobs) return { from: 0, hashes: [] }
+  missingBlocks(id: string, nth = 0): { readonly from: number; readonly hashes: ReadonlyArray<BlockHash> } {
+    const sequence = this.#generations.get(id)?.sequences[nth]
+    if (sequence === undefined || !sequence.running || sequence.group.spec.promptLogprobs) return { from: 0, hashes: [] }
+    if (nth > 0) this.#queue.takeKnown(sequence)
     const from = Math.floor(sequence.computed / this.blockTokens)
     const full = Math.floor((sequence.length - 1) / this.blockTokens)
     sequence.hashUpTo(full * this.blockTokens, this.blockTokens)
@@ -181,13 +188,13 @@ export class Engine {
   }
 
   /** Takes blocks whose KV has been imported as the next of a reservation's prefix. False when it is not wanted any more. */
-  acceptPrefix(id: string, from: number, blocks: number): boolean {
+  acceptPrefix(id: string, from: number, blocks: number, nth = 0): boolean {
     const group = this.#generations.get(id)
-    const sequence = group?.sequences[0]
+    const sequence = group?.sequences[nth]
     if (group?.waitsForKv !== true || sequence?.running !== true) return false
     if (sequence.computed !== from * this.blockTokens || (from + blocks) * this.blockTokens >= sequence.length) return false
     sequence.computed += blocks * this.blockTokens
-    group.cachedTokens += blocks * this.blockTokens
+    if (nth === 0) group.cachedTokens += blocks * this.blockTokens
     sequence.seal(this.blocks, from, from + blocks)
     return true
   }
@@ -213,10 +220,10 @@ export class Engine {
   }
 
   /** Takes KV of a reservation that has not begun; false where the CRC does not match. Throws when it is gone. */
-  importLayers(id: string, range: ChunkRange, payload: Uint8Array, seed: number, crc: number): boolean {
+  importLayers(id: string, range: ChunkRange, payload: Uint8Array, seed: number, crc: number, nth = 0): boolean {
     const group = this.#generations.get(id)
     if (group?.waitsForKv !== true) throw this.#gone(id)
-    return this.#kernels.importLayers(this.#blocksOf(id, range), range.firstLayer, range.layers, payload, 0, seed, crc)
+    return this.#kernels.importLayers(this.#blocksOf(id, range, nth), range.firstLayer, range.layers, payload, 0, seed, crc)
   }
 
   /**
@@ -234,8 +241,8 @@ export class Engine {
     return new Fault({ code: "unavailable", message: `${this.#options.name} has no reservation ${id} that waits for KV`, hop: this.#options.name })
   }
 
-  #blocksOf(id: string, { firstBlock, blocks }: ChunkRange): Int32Array {
-    const table = this.#generations.get(id)?.sequences[0]?.table ?? []
+  #blocksOf(id: string, { firstBlock, blocks }: ChunkRange, nth = 0): Int32Array {
+    const table = this.#generations.get(id)?.sequences[nth]?.table ?? []
     if (firstBlock + blocks > table.length) throw this.#gone(id)
     return Int32Array.from(table.slice(firstBlock, firstBlock + blocks))
   }

@@ -71,7 +71,7 @@ export class SequenceQueue {
       if (sequence.returning !== undefined) return false
       if (group.prefill === undefined || group.held || group.paused || sequence.pending === 1) return true
       const scored = group.spec.promptLogprobs && !group.prefillDone
-      if (!scored) this.#takeKnown(sequence)
+      if (!scored) this.takeKnown(sequence)
       const next = sequence.hashes[Math.floor(sequence.computed / this.#options.blockTokens)]
       if (next === undefined) return true // its last block, which is not full
       if (coming.has(next) && !scored) return false
@@ -164,7 +164,7 @@ export class SequenceQueue {
   }
 
   /** Blocks that became known since this sequence got its own take their place, but never that of the last token. */
-  #takeKnown(sequence: Sequence): void {
+  takeKnown(sequence: Sequence): void {
     const { blocks, blockTokens } = this.#options
     const { group, table } = sequence
     for (let place = Math.floor(sequence.computed / blockTokens); (place + 1) * blockTokens < sequence.length; place++) {

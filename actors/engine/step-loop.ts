@@ -95,6 +95,13 @@ export class StepLoop {
     }
   }
 
+  /** What the bounds do not allow any more: the youngest give their blocks back, and what will never fit is for another worker. */
+  #fit(): void {
+    const { queue, cancel } = this.#options
+    queue.giveBack()
+    for (const { group } of queue.misfits()) cancel(group.spec.id, { code: "moved", message: "it does not fit here any more" })
+  }
+
   /** Until there may be something to run. */
   async #sleep(): Promise<void> {
     const isIdle = this.#unchecked && this.#options.generations.all.length === 0
@@ -112,13 +119,6 @@ export class StepLoop {
       this.#lost = { error }
       this.notify()
     }
-  }
-
-  /** What the bounds do not allow any more: the youngest give their blocks back, and what will never fit is for another worker. */
-  #fit(): void {
-    const { queue, cancel } = this.#options
-    queue.giveBack()
-    for (const { group } of queue.misfits()) cancel(group.spec.id, { code: "moved", message: "it does not fit here any more" })
   }
 
   #announce(admitted: ReadonlyArray<Sequence>): void {

@@ -5,12 +5,15 @@
 import type { KvDtype } from "../../kernels/index.ts"
 import type { MeasuredCosts } from "../cost/measured-costs.ts"
 import type { TransferTotals } from "../messages/presence.ts"
+import type { Role } from "../messages/scheduler.ts"
 import type { Engine } from "./engine.ts"
 
 export interface Worker {
   readonly id: string
   /** Of this incarnation: what was reserved with an earlier one is gone. */
   readonly epoch: number
+  /** Where the scheduler places; they change while it runs. */
+  roles: ReadonlyArray<Role>
   readonly engine: Engine
   readonly formatId: string
   readonly kv: KvLayout

@@ -74,6 +74,8 @@ export const HeartbeatMessage = Schema.Struct({
   epoch: count,
   roles: Schema.Array(Role),
   load: WorkerLoad,
+  /** Prompt tokens that it computes in a second, as measured; absent before there was anything to measure. */
+  prefillTokPerS: Schema.optional(Schema.Finite),
   /** Requests that it serves; a placement that no worker knows of lapses. */
   requests: Schema.Array(Schema.String),
   /** Id of the next KV event, so that a gap shows. */

@@ -20,12 +20,16 @@ export interface ChildOrder {
   readonly nats: NatsAddress
 }
 
-export type ChildReport = { readonly type: "ready" } | { readonly type: "alive" } | { readonly type: "failed"; readonly message: string }
+/** A worker's `blocks`: how many its pool was made with. */
+export type ChildReport = { readonly type: "ready"; readonly blocks: number | undefined } | { readonly type: "alive" } | { readonly type: "failed"; readonly message: string }
 
 const program = fileURLToPath(new URL("./child.ts", import.meta.url))
 
-/** Runs a component's process until it ends, which is a failure, or the Scope closes, which ends it. */
-export const componentProcess = (order: ChildOrder, ready: Effect.Effect<void>): Effect.Effect<never, WorkerError, Scope.Scope> =>
+/**
+ * Runs a component's process until it ends, which is a failure, or the Scope closes, which ends it.
+ * @param onBlocks told how many blocks its pool has, where it is a worker, before it serves
+ */
+export const componentProcess = (order: ChildOrder, ready: Effect.Effect<void>, onBlocks: (blocks: number | undefined) => void = () => {}): Effect.Effect<never, WorkerError, Scope.Scope> =>
   Effect.gen(function* () {
     const name = `${order.component.kind} ${order.component.id}`
     const child = yield* Effect.acquireRelease(
@@ -45,7 +49,10 @@ export const componentProcess = (order: ChildOrder, ready: Effect.Effect<void>):
     })
     const serving = Effect.callback<void>((resume) => {
       child.on("message", (report: ChildReport) => {
-        if (report.type === "ready") resume(Effect.void)
+        if (report.type === "ready") {
+          onBlocks(report.blocks)
+          resume(Effect.void)
+        }
         else if (report.type === "failed") said = report.message
       })
       child.send(order)

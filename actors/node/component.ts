@@ -69,7 +69,7 @@ export const runComponent = (component: Component, epoch: number, context: Compo
     } else if (kind === "scheduler") {
       const { policy, queue } = topology.scheduler
       if (!isPolicyName(policy)) return yield* Effect.fail(new WorkerError(`scheduler.policy: ${policy} is not available`))
-      yield* schedulerActor({ link, namespace, policy, queue })
+      yield* schedulerActor({ link, namespace, policy, queue, members: yield* Members.listen(buses.control, namespace) })
     } else {
       const gguf = yield* readModel(model)
       const plans = yield* attempt(() => planWorkers(gguf, topology))

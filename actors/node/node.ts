@@ -1,88 +1,50 @@
 /**
- * Brings up what a topology says runs here, but for the gateway, and takes it down in the opposite order. On the memory bus
- * every component shares this process; on NATS each has its own, under a supervisor here.
+ * What runs by this process: its buses, the components of a topology, and whoever stands in front of them, from a first
+ * topology on through every later one.
  */
-import { Effect, Exit, Scope } from "effect"
+import { Effect, type Scope } from "effect"
 import { readEnv } from "../../config/env.ts"
-import type { NatsAddress, Topology } from "../../config/topology.ts"
-import type { Bus, Buses } from "../runtime/bus.ts"
-import { MemoryBus } from "../runtime/memory-bus.ts"
-import { connectBuses } from "../runtime/nats-bus.ts"
-import { supervise } from "../runtime/supervisor.ts"
-import { everyGeneration, inboxPrefix, namespaceOf } from "../messages/subjects.ts"
-import { Members } from "../presence/members.ts"
-import { componentProcess } from "./component-process.ts"
-import { componentsOf, contextTokensOf, runComponent, type Component } from "./component.ts"
-import type { ResolvedModel } from "./fetch-model.ts"
-import { namespaceIn } from "./generation.ts"
-import { superviseNatsServer } from "./nats-server.ts"
-import { WorkerError, type RunningWorker } from "./worker.ts"
+import type { Bus } from "../runtime/bus.ts"
+import { openBuses } from "./buses.ts"
+import { Hosting } from "./hosting.ts"
+import { Reconciler, type Front, type OnChange } from "./reconciler.ts"
+import { ServedGenerations } from "./served-generations.ts"
+import { Uplink } from "./uplink.ts"
+import type { Wanted } from "./wanted.ts"
+import type { WorkerError } from "./worker.ts"
+
+/** What is there before anything runs. */
+export interface NodeParts {
+  /** The bus of this process, for its front too. */
+  readonly bus: Bus
+  readonly hosting: Hosting
+  readonly generations: ServedGenerations
+}
 
 export interface NodeOptions {
-  readonly topology: Topology
-  readonly model: ResolvedModel
+  readonly wanted: Wanted
+  /** Made before anything runs, and closed before anything stops. */
+  readonly front: (parts: NodeParts) => Effect.Effect<Front & { readonly close: () => Effect.Effect<void> }, never, Scope.Scope>
+  readonly onChange?: OnChange | undefined
 }
 
-export interface RunningNode {
-  /** The gateway's connection. */
-  readonly bus: Bus
-  /** Where its actors speak. */
-  readonly namespace: string
-  /** Workers in this process, by name; one that is being restarted is the last one that ran. */
-  readonly workers: ReadonlyMap<string, RunningWorker>
-  /** Who serves, here and in other processes. */
-  readonly members: Members
-  /** Most tokens of a sequence. */
-  readonly contextTokens: number
+export interface RunningNode extends NodeParts {
+  readonly reconciler: Reconciler
 }
 
-/** Runs a topology's components until the Scope closes. */
-export const node = (options: NodeOptions): Effect.Effect<RunningNode, WorkerError, Scope.Scope> =>
+/**
+ * Runs a topology until the Scope closes; fails where it cannot be brought up. Its end is written here, from the last to the
+ * first: no more changes, the front, the components kind by kind, NATS and the nats-server, the buses.
+ */
+export const node = ({ wanted, front: makeFront, onChange }: NodeOptions): Effect.Effect<RunningNode, WorkerError, Scope.Scope> =>
   Effect.gen(function* () {
-    const { topology, model } = options
-    const env = readEnv()
-    const namespace = namespaceIn(options)
-    const nats = yield* natsAddress(topology)
-    const buses = yield* connect(topology, nats)
-    const members = yield* Members.listen(buses.control, namespace)
-    const workers = new Map<string, RunningWorker>()
-    const start = (component: Component) => {
-      let epoch = Date.now()
-      return supervise(`${component.kind} ${component.id}`, (ready) =>
-        nats === undefined
-          ? runComponent(component, epoch++, { topology, model, namespace, env, buses, onWorker: (running) => workers.set(component.id, running) }, ready)
-          : componentProcess({ component, topology, model, namespace, nats }, ready),
-      )
-    }
-    // All start at once; each stage has a Scope of its own, so that they end one after the other, requests first.
-    const stages = yield* Effect.forEach(componentsOf(topology), (components) =>
-      Effect.map(Effect.acquireRelease(Scope.make("parallel"), (scope) => Scope.close(scope, Exit.void)), (scope) => ({ scope, components })),
-    )
-    yield* Effect.forEach(
-      stages.flatMap(({ scope, components }) => components.map((component) => ({ scope, component }))),
-      ({ scope, component }) => Scope.provide(start(component), scope),
-      { concurrency: "unbounded", discard: true },
-    )
-    yield* members.untilServing(componentsOf(topology).flat())
-    return { bus: buses.control, namespace, workers, members, contextTokens: yield* contextTokensOf(options) }
+    const buses = yield* openBuses(wanted.topology.cluster)
+    const uplink = yield* Uplink.make(buses)
+    const generations = yield* ServedGenerations.make(buses.control)
+    const hosting = yield* Hosting.make({ env: readEnv(), buses, nats: () => uplink.address })
+    const parts: NodeParts = { bus: buses.control, hosting, generations }
+    const front = yield* makeFront(parts)
+    yield* Effect.addFinalizer(front.close)
+    const reconciler = yield* Reconciler.start({ uplink, hosting, generations, front, ...(onChange === undefined ? {} : { onChange }) }, wanted)
+    return { ...parts, reconciler }
   })
-
-/** The server to connect to: of the topology, or one that is supervised here; undefined on the memory bus. */
-const natsAddress = ({ bus }: Topology): Effect.Effect<NatsAddress | undefined, WorkerError, Scope.Scope> => {
-  if (bus === "memory") return Effect.succeed(undefined)
-  if (!("spawn" in bus.nats)) return Effect.succeed(bus.nats)
-  return superviseNatsServer({}).pipe(Effect.mapError((error) => new WorkerError(error.message)))
-}
-
-const connect = ({ cluster }: Topology, nats: NatsAddress | undefined): Effect.Effect<Buses, WorkerError, Scope.Scope> =>
-  Effect.acquireRelease(
-    Effect.tryPromise({
-      try: async (): Promise<Buses> => {
-        if (nats !== undefined) return connectBuses({ ...nats, name: "gateway g0", inboxPrefix: inboxPrefix(namespaceOf(cluster, everyGeneration), "gateway", "g0") })
-        const memory = new MemoryBus()
-        return { control: memory, bulk: memory }
-      },
-      catch: (error) => new WorkerError(error instanceof Error ? error.message : String(error)),
-    }),
-    ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])),
-  )

@@ -1,6 +1,7 @@
 /**
- * A worker: one device, its weights and KV pool, and the prefill and decode actors over one engine. It runs until its
- * engine breaks; its supervisor then makes a new one under a later epoch.
+ * A worker: one device, its weights and KV pool, and the prefill and decode actors over one engine. Both are always there:
+ * roles say where the scheduler places, and change while it runs. It runs until its engine breaks; its supervisor then makes a
+ * new one under a later epoch.
  */
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
@@ -18,6 +19,7 @@ import { Engine } from "../engine/engine.ts"
 import type { Worker } from "../engine/worker.ts"
 import { parking } from "../prefill/parking.ts"
 import { prefillActor } from "../prefill/prefill.ts"
+import { workerActor } from "../worker/worker-actor.ts"
 import { KvEventLog } from "./kv-event-log.ts"
 
 export interface WorkerOptions {
@@ -77,6 +79,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
     const made: Worker = {
       id,
       epoch,
+      roles,
       engine,
       formatId,
       kv: { layers, dtype, blockTokens, layerBlockBytes },
@@ -84,17 +87,21 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
       receiving: new Map(),
       totals: { completed: 0, failed: 0, fallbacks: 0, bytes: 0, ms: 0 },
     }
-    // Roles say where the scheduler places. A worker that only decodes still computes a prompt whose prefill has failed.
+    // A worker that only decodes still computes a prompt whose prefill has failed, and every one sends what others ask of its pool.
     yield* prefillActor({ link: link("prefill"), buses, namespace, worker: made, nextEventId: () => events.nextEventId })
-    if (roles.includes("decode")) yield* decodeActor({ link: link("decode"), buses, namespace, worker: made })
+    yield* decodeActor({ link: link("decode"), buses, namespace, worker: made })
     yield* storeWriter.run({ link: link("store-writer"), buses, namespace, worker: made })
     yield* events.run({ link: link("worker"), namespace, worker: id, epoch })
 
     const scheduler = (verb: string) => subject(namespace, "scheduler", anyId, verb)
+    const prefillTokPerS = () => {
+      const { promptTokens, cachedTokens, prefillMs } = engine.counters
+      return prefillMs === 0 ? undefined : ((promptTokens - cachedTokens) * 1000) / prefillMs
+    }
     const state = (): HeartbeatMessage => {
       const { sequences, waiting } = engine.load
-      const load = { sequences, waiting, maxBatch, blocks: engine.blocks.total, freeBlocks: engine.blocks.available, blockTokens: engine.blockTokens }
-      return { worker: id, epoch, roles: [...roles], load, requests: engine.requestIds, nextEventId: events.nextEventId }
+      const load = { sequences, waiting, maxBatch: engine.maxBatch, blocks: engine.blocks.limit, freeBlocks: engine.blocks.available, blockTokens: engine.blockTokens }
+      return { worker: id, epoch, roles: [...made.roles], load, prefillTokPerS: prefillTokPerS(), requests: engine.requestIds, nextEventId: events.nextEventId }
     }
     const beat = Effect.ignore(Effect.suspend(() => link("worker").tell(Heartbeat, scheduler(Heartbeat.verb), state())))
     yield* Effect.addFinalizer(() => Effect.ignore(link("worker").tell(Leave, scheduler(Leave.verb), { worker: id, epoch })))
@@ -106,24 +113,25 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
     )
     yield* beat
     yield* Effect.forkScoped(Effect.forever(Effect.andThen(Effect.sleep(limits.heartbeatIntervalMs), beat)))
-    yield* announce({
+    const announced = yield* announce({
       link: link("worker"),
       namespace,
       kind: "worker",
       id,
       worker: () => {
         const { sequences, waiting, preemptions } = engine.load
-        const { promptTokens, cachedTokens, prefillMs } = engine.counters
         return {
-          roles: [...roles],
+          roles: [...made.roles],
           device: "cpu",
-          load: { sequences, waiting, maxBatch, preemptions },
-          kv: { blocks: engine.blocks.total, freeBlocks: engine.blocks.available, blockTokens, bytesPerToken: kernels.info.blockBytes / blockTokens, dtype, format: formatId },
-          prefillTokPerS: prefillMs === 0 ? undefined : ((promptTokens - cachedTokens) * 1000) / prefillMs,
+          load: { sequences, waiting, maxBatch: engine.maxBatch, preemptions },
+          kv: { blocks: engine.blocks.limit, freeBlocks: engine.blocks.available, blockTokens, bytesPerToken: kernels.info.blockBytes / blockTokens, dtype, format: formatId },
+          prefillTokPerS: prefillTokPerS(),
           transfers: made.totals,
         }
       },
     })
+    const { threads } = kernels.info
+    yield* workerActor({ link: link("worker"), namespace, worker: made, loaded: { threads, device: "cpu" }, members, announced: Effect.andThen(beat, announced) })
     yield* serving({ worker: made, kernels })
     return yield* Effect.flatMap(Effect.promise(() => engine.broken), (error) => Effect.fail(asError(error)))
   })

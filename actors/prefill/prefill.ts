@@ -63,14 +63,18 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
   /** Both roles of one worker share its pool, so that the transfer is the reservation's block table itself. */
   const hereFor = ({ sequence, transfer, holder }: PrefillMessage, writer: StreamWriter, counts: Counts) =>
     Effect.gen(function* () {
-      if (transfer.epoch !== worker.epoch) return yield* Effect.fail(fault("unavailable", `epoch ${transfer.epoch} of ${worker.id} is over, and its reservations with it`))
+      if (transfer.epoch !== worker.epoch) return yield* Effect.fail(fault("stale", `epoch ${transfer.epoch} of ${worker.id} is over, and its reservations with it`))
       const receiving = worker.receiving.get(transfer.id)
       if (receiving?.first !== undefined) return yield* repeat(receiving, sequence, writer)
       if (receiving !== undefined) {
         totals.fallbacks++ // another worker was to compute it, and has failed
         receiving.stop()
       }
-      yield* fetchPrefix({ link, buses, namespace, worker, missing: engine.missingKv(transfer.id), holder })
+      const fetch = (nth: number) => fetchPrefix({ link, buses, namespace, worker, missing: engine.missingKv(transfer.id, nth), holder })
+      yield* fetch(0)
+      // Choices that have parted each lack their own, and share what the first one has got.
+      const others = Array.from({ length: Math.max(0, engine.partedChoices(transfer.id) - 1) }, (_, i) => i + 1)
+      yield* Effect.forEach(others, fetch, { concurrency: "unbounded", discard: true })
       yield* compute(transfer.id, writer, counts, {})
     })
 
@@ -204,7 +208,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
       return Effect.sync(() => engine.cancel(id))
     })
 
-  const fault = (code: "unavailable" | "invalid_request" | "cancelled", message: string) => new Fault({ code, message: `${link.sender}: ${message}`, hop: link.sender })
+  const fault = (code: "unavailable" | "stale" | "invalid_request" | "cancelled", message: string) => new Fault({ code, message: `${link.sender}: ${message}`, hop: link.sender })
 
   const dump = () => Effect.sync(() => ({ nextEventId: options.nextEventId(), hashes: packHashes(engine.blocks.knownHashes()) }))
 

@@ -17,8 +17,8 @@ export interface AnnounceOptions {
   readonly store?: () => NonNullable<PresenceMessage["store"]>
 }
 
-/** Announces until the Scope closes. */
-export const announce = ({ link, namespace, kind, id, worker, store }: AnnounceOptions): Effect.Effect<void, never, Scope.Scope> =>
+/** Announces until the Scope closes. Returns how to say at once what has changed. */
+export const announce = ({ link, namespace, kind, id, worker, store }: AnnounceOptions): Effect.Effect<Effect.Effect<void>, never, Scope.Scope> =>
   Effect.gen(function* () {
     const say = (state: PresenceMessage["state"]) =>
       Effect.ignore(
@@ -27,4 +27,5 @@ export const announce = ({ link, namespace, kind, id, worker, store }: AnnounceO
     yield* Effect.addFinalizer(() => say("leaving"))
     yield* say("serving")
     yield* Effect.forkScoped(Effect.forever(Effect.andThen(Effect.sleep(limits.heartbeatIntervalMs), say("serving"))))
+    return say("serving")
   })

@@ -43,6 +43,13 @@ export class Members {
     return [...this.#members.values()].map(({ message }) => message).sort((a, b) => (a.kind + a.id < b.kind + b.id ? -1 : 1))
   }
 
+  /** Of the members of a kind; 0 where none serves. */
+  latestEpoch(kind: PresenceMessage["kind"]): number {
+    let latest = 0
+    for (const { message } of this.#members.values()) if (message.kind === kind) latest = Math.max(latest, message.epoch)
+    return latest
+  }
+
   /** Tells of members that leave, fall silent or come back under a later epoch. Returns how to stop. */
   onGone(watcher: OnGone): () => void {
     this.#watchers.add(watcher)

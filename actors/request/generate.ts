@@ -1,8 +1,9 @@
 /**
  * The life of one request: place -> reserve at decode -> prefill -> relay tokens. What fails and may be tried again is
- * placed again with the tokens so far, so that a dead worker costs time and not the answer.
+ * placed again with the tokens so far, so that a dead worker costs time and not the answer; what a worker gives away goes on
+ * elsewhere at once, with the KV that it has left there.
  */
-import { Deferred, Effect, Exit } from "effect"
+import { Effect, Exit } from "effect"
 import { limits } from "../../config/limits.ts"
 import { attributes, providerName, spans } from "../../config/telemetry.ts"
 import { Fault } from "../runtime/fault.ts"
@@ -10,17 +11,17 @@ import type { Link } from "../runtime/link.ts"
 import type { StreamReader } from "../runtime/stream-reader.ts"
 import type { StreamWriter } from "../runtime/stream-writer.ts"
 import { messageAttributes } from "../runtime/trace-context.ts"
-import { decodeDecodeFrame, Finish, Reserve, type TokenEvent, type Transfer } from "../messages/decode.ts"
+import { decodeDecodeFrame, Finish, Reserve, type Transfer } from "../messages/decode.ts"
 import { packHashes } from "../messages/hashes.ts"
-import { decodePrefillFrame, Prefill, type PromptScores } from "../messages/prefill.ts"
-import { encodeGenerateEvent, Generate, type GenerateEvent, type GenerateMessage, type TokenLogprob } from "../messages/request.ts"
+import { Prefill } from "../messages/prefill.ts"
+import { Generate, type GenerateMessage } from "../messages/request.ts"
 import { Place, Prefilled, Release, type Placement } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
-import { packTokens } from "../messages/tokens.ts"
 import type { Members } from "../presence/members.ts"
-import { tokenLogprob } from "./choice-output.ts"
 import { pinConversation } from "./pin-conversation.ts"
 import type { Prepared, ServedModel } from "./prepare.ts"
+import { Recovery } from "./recovery.ts"
+import { Relay } from "./relay.ts"
 
 export interface GenerateOptions {
   readonly link: Link
@@ -29,155 +30,91 @@ export interface GenerateOptions {
   readonly members: Members
 }
 
-/** Scored prompt tokens of one event: 20 alternatives each still fit a message. */
-const scoresOfEvent = 128
-
 /** Serves one request into `writer`; fails with the Fault that the client gets. */
 export const generate = (options: GenerateOptions, message: GenerateMessage, request: Prepared, writer: StreamWriter): Effect.Effect<void, Fault> =>
   Effect.gen(function* () {
     const { link, namespace, model, members } = options
-    const { outputs } = request
-    const finished = () => outputs.every(({ finish }) => finish !== undefined)
-    let exclude: ReadonlyArray<string> = []
-    let placements = 0
-    let cachedTokens: number | undefined
-    let failingSinceMs: number | undefined
+    const { requestId, choices } = message
+    const recovery = new Recovery(link.sender, message.attempt)
+    const relay = new Relay({
+      sender: link.sender,
+      tokenizer: model.tokenizer,
+      message,
+      request,
+      writer,
+      onToken: () => recovery.progressed(),
+      onStopped: ({ worker, id: transferId, epoch }, choice) => void Effect.runFork(Effect.ignore(link.tell(Finish, subject(namespace, "decode", worker, Finish.verb), { transferId, choice }, { epoch }))),
+    })
+    const scheduler = (verb: string) => subject(namespace, "scheduler", anyId, verb)
+    const key = () => ({ requestId, attempt: recovery.attempt })
+    const delivered = () => Math.max(0, ...request.outputs.map(({ tokens }) => tokens.length))
 
-    const emit = (event: GenerateEvent): void => writer.write(encodeGenerateEvent(event))
-    const announce = (cached: number): void => {
-      if (cachedTokens !== undefined) return // told by an earlier placement
-      cachedTokens = cached
-      emit({ type: "prompt", tokens: packTokens(request.prompt), text: request.text, cachedTokens: cached })
-    }
-    const push = (event: TokenEvent, transfer: Transfer): void => {
-      const output = outputs[event.choice]
-      if (output === undefined || output.finish !== undefined) return
-      if (event.index < output.tokens.length && output.tokens[event.index] === event.token) return // drawn again after a prefill that failed late
-      if (event.index !== output.tokens.length) throw new Fault({ code: "internal", message: `${link.sender}: token ${event.index} of choice ${event.choice} came in place of ${output.tokens.length}`, hop: link.sender })
-      emit(output.push(event))
-      // A stop string is seen here only; decode goes on with the other choices.
-      if (event.finish === "" && output.finish !== undefined && !finished()) {
-        const { worker, id: transferId } = transfer
-        Effect.runFork(Effect.ignore(link.tell(Finish, subject(namespace, "decode", worker, Finish.verb), { transferId, choice: event.choice })))
-      }
-    }
+    const place = Effect.gen(function* () {
+      const begun = recovery.attempt > 0 || delivered() > 0
+      const tokens = request.prompt.length + delivered()
+      const movedFrom = delivered() > 0 ? recovery.movedFrom : undefined
+      const asked = { ...key(), tokens, hashes: packHashes(request.chain()), choices, maxTokens: request.maxTokens, exclude: recovery.exclude, begun, movedFrom }
+      const placement = yield* link.ask(Place, scheduler(Place.verb), asked, { hop: "scheduler", deadlineMs: limits.placementDeadlineMs })
+      if (placement.epoch < members.latestEpoch("scheduler")) return yield* Effect.fail(new Fault({ code: "stale", message: `scheduler: epoch ${placement.epoch} is over`, hop: "scheduler" }))
+      // The worker that gives it away has all of its full blocks, and the scheduler may not have heard of the last ones.
+      const blocks = Math.floor((tokens - 1) / model.blockTokens)
+      return movedFrom === undefined || blocks === 0 ? placement : { ...placement, holder: { worker: movedFrom, blocks } }
+    })
 
-    const attempt = (key: { readonly requestId: string; readonly attempt: number }) =>
+    const run = (placement: Placement, attempt: number) =>
       Effect.gen(function* () {
-        const sequence = request.sequence(key.attempt)
-        const delivered = Math.max(0, ...outputs.map(({ tokens }) => tokens.length))
-        const placement: Placement = yield* link.ask(
-          Place,
-          subject(namespace, "scheduler", anyId, Place.verb),
-          { ...key, tokens: request.prompt.length + delivered, hashes: packHashes(request.hashes), choices: message.choices, maxTokens: request.maxTokens, exclude },
-          { hop: "scheduler", deadlineMs: limits.placementDeadlineMs },
+        const sequence = { ...request.sequence(attempt), promptLogprobs: relay.wantsScores }
+        // Choices that have parted already have KV of their own each: decode computes these itself.
+        const parted = choices > 1 && delivered() > 0
+        const prefillWorker = parted ? placement.decode : placement.prefill
+        const epochOf = (worker: string) => (worker === placement.decode ? placement.epochs.decode : placement.epochs.prefill)
+        const decode = yield* opened(link.open(Reserve, subject(namespace, "decode", placement.decode, Reserve.verb), { ...sequence, prefillWorker }, { hop: `decode ${placement.decode}`, epoch: placement.epochs.decode }))
+        const transfer = yield* plain(() => reserved(decode))
+        let isBegun = false
+        let onBegun = () => {}
+        const begun = new Promise<void>((resolve) => (onBegun = resolve)).then(() => void (isBegun = true))
+        const prefillOn = (worker: string) =>
+          Effect.gen(function* () {
+            const stream = yield* opened(link.open(Prefill, subject(namespace, "prefill", worker, Prefill.verb), { sequence, transfer, holder: placement.holder }, { hop: `prefill ${worker}`, epoch: epochOf(worker) }))
+            yield* plain(() => relay.prefill(stream, transfer, onBegun))
+          }).pipe(whileServing(members, worker), Effect.scoped)
+        // Where decode has its tokens and knows the reservation no more, it has ended: its own stream tells how.
+        const unlessOver = (late: Fault) => (isBegun && (late.code === "unavailable" || late.code === "stale") ? Effect.void : Effect.fail(late))
+        // A prefill that fails elsewhere, even after its first tokens, is decode's own to do: its reservation stands.
+        const prefilled = prefillOn(prefillWorker).pipe(
+          Effect.catch((fault) => (fault.retryable && prefillWorker !== transfer.worker ? Effect.catch(prefillOn(transfer.worker), unlessOver) : Effect.fail(fault))),
         )
-        placements++
-        yield* Effect.gen(function* () {
-          // Choices that have parted already have KV of their own each: decode computes these itself.
-          const parted = message.choices > 1 && delivered > 0
-          const prefillWorker = parted ? placement.decode : placement.prefill
-          const decode = yield* opened(link.open(Reserve, subject(namespace, "decode", placement.decode, Reserve.verb), { ...sequence, prefillWorker }, { hop: `decode ${placement.decode}` }))
-          const transfer = yield* plain(() => reserved(decode))
-          const prefillOn = (worker: string) =>
-            Effect.gen(function* () {
-              const stream = yield* opened(link.open(Prefill, subject(namespace, "prefill", worker, Prefill.verb), { sequence, transfer, holder: placement.holder }, { hop: `prefill ${worker}` }))
-              yield* plain(() => relayPrefill(stream, transfer, () => Deferred.doneUnsafe(begun, Effect.void)))
-            }).pipe(whileServing(members, worker), Effect.scoped)
-          const begun = yield* Deferred.make<void>()
-          // Where decode has its tokens and knows the reservation no more, it has ended: its own stream tells how.
-          const unlessOver = (late: Fault) => Effect.flatMap(Deferred.isDone(begun), (isBegun) => (isBegun && late.code === "unavailable" ? Effect.void : Effect.fail(late)))
-          // A prefill that fails elsewhere, even after its first tokens, is decode's own to do: its reservation stands.
-          const prefilled = prefillOn(prefillWorker).pipe(
-            Effect.catch((fault) => (fault.retryable && prefillWorker !== transfer.worker ? Effect.catch(prefillOn(transfer.worker), unlessOver) : Effect.fail(fault))),
-          )
-          const relayed = Deferred.await(begun).pipe(
-            Effect.andThen(link.tell(Prefilled, subject(namespace, "scheduler", anyId, Prefilled.verb), key)),
-            Effect.andThen(plain(() => relayTokens(decode, transfer))),
-          )
-          yield* Effect.raceFirst(Effect.andThen(prefilled, Effect.never), relayed)
-        }).pipe(whileServing(members, placement.decode), Effect.scoped, Effect.tapError(() => Effect.sync(() => void (exclude = [...exclude, placement.decode]))))
-      }).pipe(Effect.onExit(() => Effect.ignore(link.tell(Release, subject(namespace, "scheduler", anyId, Release.verb), key))))
+        const told = Effect.andThen(Effect.promise(() => begun), link.tell(Prefilled, scheduler(Prefilled.verb), { requestId, attempt }))
+        yield* Effect.raceFirst(Effect.andThen(Effect.all([prefilled, told], { concurrency: "unbounded" }), Effect.never), plain(() => relay.decode(decode, transfer, begun)))
+      }).pipe(whileServing(members, placement.decode), Effect.scoped, Effect.tapError((fault) => Effect.sync(() => recovery.failedAt(placement.decode, fault))))
 
-    const reserved = async (stream: StreamReader): Promise<Transfer> => {
-      const frame = await stream.next()
-      const first = frame === undefined ? undefined : decodeDecodeFrame(frame)
-      if (first?.type !== "reserved") throw new Fault({ code: "internal", message: "decode: the reservation did not come first", hop: "decode" })
-      return first.transfer
-    }
+    const attempt = Effect.suspend(() => {
+      const placed = key()
+      const work = Effect.flatMap(place, (placement) => {
+        recovery.placements++
+        return run(placement, placed.attempt)
+      })
+      return Effect.onExit(work, () => Effect.ignore(link.tell(Release, scheduler(Release.verb), placed)))
+    })
 
-    const relayPrefill = async (stream: StreamReader, transfer: Transfer, onBegun: () => void): Promise<void> => {
-      const first: Array<TokenEvent> = []
-      if (message.promptLogprobs) announce(0)
-      if (message.promptLogprobs && scored === 0) emitScores([{ ...tokenLogprob(model.tokenizer, { token: request.prompt[0]!, logprob: 0, topTokens: [], topLogprobs: [] }), logprob: null }])
-      // The stream goes on until the KV has arrived, which nobody has to wait for.
-      for await (const bytes of stream) {
-        const frame = decodePrefillFrame(bytes)
-        if (frame.type === "token") first.push(frame.event)
-        else if (frame.type === "scores") emitScores(scoresFrom(frame.scores))
-        else {
-          announce(frame.cachedTokens)
-          for (const event of first) push(event, transfer)
-          onBegun()
-        }
-        if (!writer.writable) await writer.untilWritable()
-      }
-    }
-
-    let scored = 0 // prompt tokens that the client has the scores of
-    const scoresFrom = (scores: PromptScores): Array<TokenLogprob> => {
-      const { position, width, logprobs, topTokens, topLogprobs } = scores
-      return Array.from(logprobs, (logprob, i) => ({ i, logprob }))
-        .slice(Math.max(0, scored - position))
-        .map(({ i, logprob }) => {
-          const tops = (array: Int32Array | Float32Array) => Array.from(array.subarray(i * width, (i + 1) * width))
-          return tokenLogprob(model.tokenizer, { token: request.prompt[position + i]!, logprob, topTokens: tops(topTokens), topLogprobs: tops(topLogprobs) })
-        })
-    }
-    const emitScores = (logprobs: ReadonlyArray<TokenLogprob>): void => {
-      for (let from = 0; from < logprobs.length; from += scoresOfEvent) emit({ type: "scores", logprobs: logprobs.slice(from, from + scoresOfEvent) })
-      scored += logprobs.length
-    }
-
-    /** Once a token: plain code, paused while the client is behind, which in turn pauses decode. */
-    const relayTokens = async (stream: StreamReader, transfer: Transfer): Promise<void> => {
-      if (finished()) return
-      for await (const bytes of stream) {
-        const frame = decodeDecodeFrame(bytes)
-        if (frame.type === "token") push(frame.event, transfer)
-        if (finished()) return
-        failingSinceMs = undefined
-        if (!writer.writable) await writer.untilWritable()
-      }
-      if (!finished() && request.maxTokens > 0) throw new Fault({ code: "disconnected", message: `decode ${transfer.worker}: ended before the answer`, hop: `decode ${transfer.worker}` })
-    }
-
-    for (let tries = 0; !finished(); tries++) {
-      const key = { requestId: message.requestId, attempt: message.attempt * limits.placementAttempts + placements }
-      const outcome = yield* Effect.exit(attempt(key))
+    while (!relay.finished) {
+      const outcome = yield* Effect.exit(attempt)
       if (Exit.isSuccess(outcome)) break
       const fault = yield* Effect.flip(Effect.failCause(outcome.cause))
-      const nowMs = performance.now()
-      failingSinceMs ??= nowMs
-      // Where nobody serves now, a worker may be on its way back: that costs time, but none of the placements.
-      const last = placements >= limits.placementAttempts || nowMs - failingSinceMs > limits.recoveryDeadlineMs
-      if (last || !fault.retryable || fault.code === "overloaded") return yield* Effect.fail(fault)
-      yield* Effect.sleep(Math.min(limits.restartDelayMs * 2 ** tries, limits.heartbeatIntervalMs))
+      const delayMs = recovery.delayMs(fault, performance.now())
+      if (delayMs === undefined) return yield* Effect.fail(fault)
+      yield* Effect.sleep(delayMs)
     }
-    if (cachedTokens === undefined) announce(0)
-    // A choice of no tokens has no delta of its own to finish it.
-    if (request.maxTokens === 0) for (const { choice } of outputs) emit({ type: "delta", choice, text: "", tokens: [], logprobs: undefined, finish: "length" })
-    const completionTokens = outputs.reduce((sum, { tokens }) => sum + tokens.length, 0)
+    const usage = relay.done()
     yield* Effect.annotateCurrentSpan({
-      [attributes.placements]: placements,
-      [attributes.usageInputTokens]: request.prompt.length,
-      [attributes.usageOutputTokens]: completionTokens,
-      [attributes.usageCachedInputTokens]: cachedTokens ?? 0,
-      [attributes.responseFinishReasons]: outputs.map(({ finish }) => finish ?? "length"),
+      [attributes.placements]: recovery.placements,
+      [attributes.usageInputTokens]: usage.promptTokens,
+      [attributes.usageOutputTokens]: usage.completionTokens,
+      [attributes.usageCachedInputTokens]: usage.cachedTokens,
+      [attributes.responseFinishReasons]: request.outputs.map(({ finish }) => finish ?? "length"),
     })
     const { tenant, conversation } = message
     if (conversation !== undefined) Effect.runFork(pinConversation(options, { tenant, conversation, hashes: request.filled(), leaseMs: limits.conversationPinMs }))
-    emit({ type: "done", usage: { promptTokens: request.prompt.length, completionTokens, cachedTokens: cachedTokens ?? 0 } })
   }).pipe(
     Effect.withSpan(spans.requestGenerate, {
       kind: "server",
@@ -191,6 +128,13 @@ export const generate = (options: GenerateOptions, message: GenerateMessage, req
       },
     }),
   )
+
+const reserved = async (stream: StreamReader): Promise<Transfer> => {
+  const frame = await stream.next()
+  const first = frame === undefined ? undefined : decodeDecodeFrame(frame)
+  if (first?.type !== "reserved") throw new Fault({ code: "internal", message: "decode: the reservation did not come first", hop: "decode" })
+  return first.transfer
+}
 
 /** Fails work with a worker that leaves, falls silent or is restarted, without waiting for its stream to fall silent. */
 const whileServing =

@@ -27,9 +27,10 @@ export interface ServedModel {
 export interface Prepared {
   readonly prompt: Int32Array
   readonly text: string
-  readonly hashes: ReadonlyArray<BlockHash>
   readonly maxTokens: number
   readonly outputs: ReadonlyArray<ChoiceOutput>
+  /** Chained hashes of the full blocks of the prompt, and of what a single choice has drawn. */
+  chain(): ReadonlyArray<BlockHash>
   /** Chained hashes of the full blocks that the first choice has filled: the KV of its last token was not computed. */
   filled(): ReadonlyArray<BlockHash>
   /** The message for decode, as of the tokens that `outputs` have now. */
@@ -90,12 +91,18 @@ export const prepare = (model: ServedModel, message: GenerateMessage): Prepared 
   })
   const root = hashRoot({ modelDigest: model.modelDigest, tenant: model.sharesPrefixes ? undefined : message.tenant, cacheSalt: message.cacheSalt })
   const packed = packTokens(prompt)
+  const hashes = chainHashes(root, prompt, model.blockTokens)
   return {
     prompt,
     text: message.promptLogprobs ? tokenizer.decode([...prompt], { skipControl: false }) : "",
-    hashes: chainHashes(root, prompt, model.blockTokens),
     maxTokens,
     outputs,
+    chain: () => {
+      const [only, ...others] = outputs
+      if (only === undefined || others.length > 0 || only.tokens.length === 0) return hashes
+      const rest = Int32Array.from([...prompt.subarray(hashes.length * model.blockTokens), ...only.tokens])
+      return [...hashes, ...chainHashes(hashes.at(-1) ?? root, rest, model.blockTokens)]
+    },
     filled: () => {
       const drawn = outputs[0]?.tokens.slice(0, -1) ?? []
       return chainHashes(root, Int32Array.from([...prompt, ...drawn]), model.blockTokens)

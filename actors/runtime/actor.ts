@@ -1,13 +1,15 @@
 /**
  * The actor: a bounded mailbox and a loop inside a Scope. Messages are handled in order, one at a time; asks that may wait
  * and streams get a fibre each, of a bounded number. A bad message or a failed handler is answered with a fault and
- * harms nobody else; leaving the Scope answers what is queued and interrupts what runs.
+ * harms nobody else; leaving the Scope answers what is queued and interrupts what runs. What an earlier incarnation asks, or
+ * asks of one, is answered `stale`.
  */
 import { Cause, Effect, Exit, FiberSet, Option, Queue, Result, Scope } from "effect"
 import { limits } from "../../config/limits.ts"
-import { header, protocolVersion, type Delivery } from "./bus.ts"
+import { header, protocolVersion, type Delivery, type Subscription } from "./bus.ts"
 import { encodeFault, type MessageType } from "./codec.ts"
 import { Fault } from "./fault.ts"
+import { Fences } from "./fences.ts"
 import type { Link } from "./link.ts"
 import { StreamWriter } from "./stream-writer.ts"
 import { spanOf } from "./trace-context.ts"
@@ -76,12 +78,20 @@ export const onStream = <A>(
     }).pipe(Effect.catchCause((cause) => logCause(link, type, cause))),
 })
 
+/** A running actor. */
+export interface Actor {
+  /** Hears nothing more, or nothing that is asked of anyone of a queue group; what is here already goes on. */
+  leave(what: "everything" | "queues"): void
+}
+
 /** Runs an actor until its Scope closes. */
-export const actor = (link: Link, handlers: ReadonlyArray<Handler>): Effect.Effect<void, never, Scope.Scope> =>
+export const actor = (link: Link, handlers: ReadonlyArray<Handler>): Effect.Effect<Actor, never, Scope.Scope> =>
   Effect.gen(function* () {
     const mailbox = yield* Queue.bounded<{ readonly handler: Handler; readonly delivery: Delivery }>(limits.mailboxMessages)
     const running = yield* FiberSet.make<void>()
     const leaving = new Fault({ code: "shutting_down", message: `${link.sender}: is leaving`, hop: link.sender, retryAfterMs: limits.retryAfterMs })
+    const fences = new Fences()
+    const subscriptions: Array<{ readonly subscription: Subscription; readonly isQueue: boolean }> = []
     const crowded = new Fault({ code: "overloaded", message: `${link.sender}: too many messages`, hop: link.sender, retryAfterMs: limits.retryAfterMs })
 
     yield* Effect.addFinalizer(() =>
@@ -99,7 +109,7 @@ export const actor = (link: Link, handlers: ReadonlyArray<Handler>): Effect.Effe
     yield* Effect.forkScoped(Effect.forever(step))
     for (const handler of handlers) {
       for (const { subject, queue } of handler.subjects) {
-        yield* Effect.acquireRelease(
+        const subscription = yield* Effect.acquireRelease(
           Effect.sync(() =>
             link.bus.subscribe(
               subject,
@@ -107,16 +117,39 @@ export const actor = (link: Link, handlers: ReadonlyArray<Handler>): Effect.Effe
                 const version = delivery.headers[header.version]
                 if (version !== protocolVersion) {
                   refuse(link, delivery, new Fault({ code: "invalid_request", message: `${link.sender}: speaks protocol version ${protocolVersion}, not ${version ?? "none"}`, hop: link.sender }))
+                } else if (!isForMe(link, delivery, fences)) {
+                  return
                 } else if (!Queue.offerUnsafe(mailbox, { handler, delivery })) refuse(link, delivery, crowded)
               },
               queue === undefined ? {} : { queue },
             ),
           ),
-          (subscription) => Effect.sync(() => subscription.unsubscribe()),
+          (subscribed) => Effect.sync(() => subscribed.unsubscribe()),
         )
+        subscriptions.push({ subscription, isQueue: queue !== undefined })
       }
     }
+    const leave = (subscription: Subscription) => (subscription.drain === undefined ? subscription.unsubscribe() : subscription.drain())
+    return { leave: (what) => subscriptions.forEach(({ subscription, isQueue }) => (isQueue || what === "everything") && leave(subscription)) }
   })
+
+/** Whether a message is from a living incarnation to this one; one that is not is answered `stale`, by the hop that is over. */
+const isForMe = (link: Link, delivery: Delivery, fences: Fences): boolean => {
+  const { headers, reply } = delivery
+  const stale = (hop: string, message: string) => refuse(link, delivery, new Fault({ code: "stale", message: `${link.sender}: ${message}`, hop }))
+  const meant = headers[header.toEpoch]
+  // A later incarnation hears it too.
+  if (meant !== undefined && Number(meant) > link.epoch) return false
+  if (meant !== undefined && Number(meant) < link.epoch) {
+    stale(link.sender, `epoch ${meant} is over, this is ${link.epoch}`)
+    return false
+  }
+  // What is told names its incarnation itself, or is true whoever says it.
+  if (reply === undefined || !fences.isStale(headers, performance.now())) return true
+  const sender = headers[header.sender]!
+  stale(sender, `epoch ${headers[header.epoch]} of ${sender} is over`)
+  return false
+}
 
 const decoded = <A>(type: MessageType<A, unknown>, delivery: Delivery): Effect.Effect<A, Fault> =>
   Effect.try({ try: () => type.decode(delivery.data), catch: (error) => Fault.from(error, type.verb) })

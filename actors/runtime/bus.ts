@@ -20,6 +20,8 @@ export interface PublishOptions {
 
 export interface Subscription {
   unsubscribe(): void
+  /** Asks for nothing more, and takes what is on its way already; absent where nothing ever is. */
+  drain?(): void
 }
 
 export interface Bus {
@@ -55,6 +57,8 @@ export const header = {
   version: "ps-version",
   sender: "ps-sender",
   epoch: "ps-epoch",
+  /** The receiver's incarnation that is meant. */
+  toEpoch: "ps-to-epoch",
   /** Milliseconds that the receiver has left, relative since clocks differ between machines. */
   budgetMs: "ps-budget-ms",
   fault: "ps-fault",

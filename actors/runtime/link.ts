@@ -14,6 +14,8 @@ export interface SendOptions {
   /** Names the receiver in faults, for example "decode w0". */
   readonly hop: string
   readonly deadlineMs?: number
+  /** The receiver's incarnation that is meant: an earlier one keeps silent, a later one answers `stale`. */
+  readonly epoch?: number
 }
 
 const noBytes = new Uint8Array(0)
@@ -23,7 +25,7 @@ export class Link {
   readonly sender: string
   readonly epoch: number
 
-  /** `sender` names this side ("gateway", "request r0"); `epoch` fences what an earlier incarnation of it sent. */
+  /** `sender` names this side ("gateway", "request r0"); `epoch` fences what an earlier incarnation of it asks. 0: it has no incarnations. */
   constructor(bus: Bus, sender: string, epoch: number) {
     this.bus = bus
     this.sender = sender
@@ -31,8 +33,8 @@ export class Link {
   }
 
   /** Sends a message that is not answered. */
-  tell<A>(type: MessageType<A, void, "tell">, to: string, message: A): Effect.Effect<void, Fault> {
-    return Effect.flatMap(this.#headers(undefined), (headers) =>
+  tell<A>(type: MessageType<A, void, "tell">, to: string, message: A, options: Pick<SendOptions, "epoch"> = {}): Effect.Effect<void, Fault> {
+    return Effect.flatMap(this.#headers(undefined, options.epoch), (headers) =>
       Effect.try({ try: () => this.bus.publish(to, type.encode(message), { headers }), catch: (error) => Fault.from(error, this.sender) }),
     )
   }
@@ -40,7 +42,7 @@ export class Link {
   /** Sends a message and waits for its answer. */
   ask<A, R>(type: MessageType<A, R, "ask">, to: string, message: A, options: SendOptions): Effect.Effect<R, Fault> {
     const budgetMs = options.deadlineMs ?? limits.askDeadlineMs
-    return Effect.flatMap(this.#headers(budgetMs), (headers) =>
+    return Effect.flatMap(this.#headers(budgetMs, options.epoch), (headers) =>
       Effect.callback<R, Fault>((resume) => {
         const subscriptions: Array<Subscription> = []
         const lost = (code: "disconnected" | "unavailable" | "deadline_exceeded", why: string) =>
@@ -73,7 +75,7 @@ export class Link {
 
   /** Sends a message that is answered by a stream; the caller reads it, or cancels it. */
   open<A>(type: MessageType<A, void, "stream">, to: string, message: A, options: SendOptions & { readonly windowFrames?: number }): Effect.Effect<StreamReader> {
-    return Effect.map(this.#headers(options.deadlineMs ?? limits.requestDeadlineMs), (headers) =>
+    return Effect.map(this.#headers(options.deadlineMs ?? limits.requestDeadlineMs, options.epoch), (headers) =>
       openStream(this.bus, to, type.encode(message), { headers, hop: options.hop, windowFrames: options.windowFrames }),
     )
   }
@@ -84,9 +86,10 @@ export class Link {
     this.bus.publish(to, data, { headers: { [header.sender]: this.sender } })
   }
 
-  #headers(budgetMs: number | undefined): Effect.Effect<Headers> {
+  #headers(budgetMs: number | undefined, toEpoch: number | undefined): Effect.Effect<Headers> {
     return Effect.map(currentTraceparent, (traceparent) => {
       const headers: Record<string, string> = { [header.version]: protocolVersion, [header.sender]: this.sender, [header.epoch]: String(this.epoch) }
+      if (toEpoch !== undefined) headers[header.toEpoch] = String(toEpoch)
       if (budgetMs !== undefined) headers[header.budgetMs] = String(Math.round(budgetMs))
       if (traceparent !== undefined) headers[header.traceparent] = traceparent
       return headers

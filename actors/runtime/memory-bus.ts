@@ -2,7 +2,7 @@
  * The bus inside one process: payloads by reference, delivered in order from one queue, never inside `publish`.
  */
 import { limits } from "../../config/limits.ts"
-import { header, type Bus, type Delivery, type PublishOptions, type Subscription } from "./bus.ts"
+import { header, type Bus, type Delivery, type Headers, type PublishOptions, type Subscription } from "./bus.ts"
 import { Fault } from "./fault.ts"
 
 interface Subscriber {
@@ -13,8 +13,7 @@ interface Subscriber {
 const noBytes = new Uint8Array(0)
 
 export class MemoryBus implements Bus {
-  readonly name = "memory"
-  readonly maxPayloadBytes: number
+  readonly #maxPayloadBytes: number
   readonly #subscribers = new Map<string, Set<Subscriber>>()
   readonly #disconnectHandlers = new Set<() => void>()
   readonly #turns = new Map<string, number>() // queue group -> next member
@@ -24,18 +23,31 @@ export class MemoryBus implements Bus {
   #closed = false
 
   constructor(options: { readonly maxPayloadBytes?: number } = {}) {
-    this.maxPayloadBytes = options.maxPayloadBytes ?? limits.maxPayloadBytes
+    this.#maxPayloadBytes = options.maxPayloadBytes ?? limits.maxPayloadBytes
+  }
+
+  get name(): string {
+    return "memory"
+  }
+
+  get maxPayloadBytes(): number {
+    return this.#maxPayloadBytes
   }
 
   publish(subject: string, data: Uint8Array, options: PublishOptions = {}): void {
-    if (this.#closed) throw new Fault({ code: "unavailable", message: `publish to ${subject}: the bus is closed`, hop: "bus memory" })
     const headers = options.headers ?? {}
+    this.admit(subject, data, headers)
+    this.#pending.push({ subject, data, headers, reply: options.reply })
+    this.#draining ??= Promise.resolve().then(() => this.#drain())
+  }
+
+  /** Throws a Fault where a message cannot be sent. */
+  protected admit(subject: string, data: Uint8Array, headers: Headers): void {
+    if (this.#closed) throw new Fault({ code: "unavailable", message: `publish to ${subject}: the bus is closed`, hop: "bus memory" })
     const bytes = data.byteLength + headerBytes(headers)
     if (bytes > this.maxPayloadBytes) {
       throw new Fault({ code: "invalid_request", message: `publish to ${subject}: ${bytes} bytes are over the bus's limit of ${this.maxPayloadBytes}`, hop: "bus memory" })
     }
-    this.#pending.push({ subject, data, headers, reply: options.reply })
-    this.#draining ??= Promise.resolve().then(() => this.#drain())
   }
 
   subscribe(subject: string, handler: (delivery: Delivery) => void, options: { readonly queue?: string } = {}): Subscription {
@@ -63,6 +75,10 @@ export class MemoryBus implements Bus {
   /** For tests: what a lost connection does. */
   disconnect(): void {
     this.#pending = []
+    this.lost()
+  }
+
+  protected lost(): void {
     for (const handler of [...this.#disconnectHandlers]) handler()
   }
 
@@ -70,20 +86,17 @@ export class MemoryBus implements Bus {
     while (this.#draining !== undefined) await this.#draining
     this.#closed = true
     this.#subscribers.clear()
-    for (const handler of [...this.#disconnectHandlers]) handler()
+    this.lost()
   }
 
   #drain(): void {
-    for (let next = this.#pending.shift(); next !== undefined; next = this.#pending.shift()) this.#deliver(next)
+    for (let next = this.#pending.shift(); next !== undefined; next = this.#pending.shift()) this.deliver(next)
     this.#draining = undefined
   }
 
-  #deliver(delivery: Delivery): void {
+  protected deliver(delivery: Delivery): void {
     const subscribers = this.#subscribers.get(delivery.subject)
-    if (subscribers === undefined) {
-      if (delivery.reply !== undefined) this.publish(delivery.reply, noBytes, { headers: { [header.noResponders]: delivery.subject } })
-      return
-    }
+    if (subscribers === undefined) return this.#nobody(delivery)
     const groups = new Map<string, Array<Subscriber>>()
     for (const subscriber of [...subscribers]) {
       if (!subscribers.has(subscriber)) continue // an earlier one's handler has taken it away
@@ -97,6 +110,15 @@ export class MemoryBus implements Bus {
       call(members[turn % members.length]!, delivery)
     }
   }
+
+  #nobody({ subject, reply }: Delivery): void {
+    if (reply === undefined) return
+    try {
+      this.publish(reply, noBytes, { headers: { [header.noResponders]: subject } })
+    } catch {
+      // Who asks cannot be told where the answer leaves the process and there is no connection.
+    }
+  }
 }
 
 /** A handler that throws has a defect of its own; the others still get their messages. */
@@ -108,7 +130,7 @@ const call = (subscriber: Subscriber, delivery: Delivery): void => {
   }
 }
 
-const headerBytes = (headers: Readonly<Record<string, string>>): number => {
+const headerBytes = (headers: Headers): number => {
   let bytes = 0
   for (const [name, value] of Object.entries(headers)) bytes += name.length + value.length + 4
   return bytes

@@ -3,14 +3,16 @@
  * predicted when a request is placed, not polled: it is added then, corrected when the prompt is done, and taken away at
  * the end. Pure state and time: the same code serves the actor and a simulation.
  */
+import { limits } from "../../config/limits.ts"
 import { unpackHashes } from "../messages/hashes.ts"
 import type { HeartbeatMessage, Holder, KvEventsMessage, PlaceMessage, Role, WorkerLoad } from "../messages/scheduler.ts"
 
 export interface WorkerView {
   readonly id: string
   readonly epoch: number
-  readonly roles: ReadonlyArray<Role>
+  roles: ReadonlyArray<Role>
   load: WorkerLoad
+  prefillTokPerS: number | undefined
   heardAtMs: number
   /** Chained hashes of the blocks in its pool. */
   readonly prefixes: Set<string>
@@ -52,6 +54,7 @@ export class ClusterState {
         epoch: message.epoch,
         roles: message.roles,
         load: message.load,
+        prefillTokPerS: undefined,
         heardAtMs: nowMs,
         prefixes: new Set(),
         nextEventId: message.nextEventId === 0 ? 0 : -1,
@@ -59,7 +62,9 @@ export class ClusterState {
       }
       this.workers.set(message.worker, view)
     }
+    view.roles = message.roles
     view.load = message.load
+    view.prefillTokPerS = message.prefillTokPerS
     view.heardAtMs = nowMs
     view.requests = new Set(message.requests)
     return view.nextEventId < message.nextEventId
@@ -100,10 +105,10 @@ export class ClusterState {
     }
   }
 
-  /** Workers of a role that live; those that the request has failed on only where there are no others. */
+  /** Workers of a role that live; those that the request has failed on, or was moved from, only where there are no others. */
   candidates(role: Role, request: PlaceMessage): Array<WorkerView> {
     const living = [...this.workers.values()].filter((worker) => worker.roles.includes(role))
-    const others = living.filter((worker) => !request.exclude.includes(worker.id))
+    const others = living.filter(({ id }) => id !== request.movedFrom && !request.exclude.includes(id))
     return others.length > 0 ? others : living
   }
 
@@ -119,6 +124,16 @@ export class ClusterState {
     let sum = 0
     for (const charge of this.charges.values()) if (charge.prefill === worker) sum += charge.computeTokens
     return sum
+  }
+
+  /**
+   * Whether a prompt that is placed there now begins soon: what waits there is less than a short time's work. More waits here, for
+   * whoever has room first, also for a worker that is yet to come.
+   */
+  beginsSoon(worker: WorkerView): boolean {
+    const { prefillTokPerS } = worker
+    const most = prefillTokPerS === undefined ? limits.prefillQueueTokens : (prefillTokPerS * limits.prefillQueueMs) / 1000
+    return this.queuedTokens(worker.id) < Math.max(most, limits.stepTokens)
   }
 
   hasSlot(worker: WorkerView, choices: number): boolean {

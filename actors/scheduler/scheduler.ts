@@ -1,6 +1,6 @@
 /**
  * The scheduler actor: owns the view of the cluster and the queue of requests that have no place yet. First come, first
- * served; beyond the queue's bound a request is refused before work is wasted on it.
+ * served, after those that have begun already; beyond the queue's bound a request is refused before work is wasted on it.
  */
 import { Clock, Deferred, Effect, Exit, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
@@ -10,10 +10,11 @@ import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
 import { messageAttributes } from "../runtime/trace-context.ts"
 import { KvDump } from "../messages/prefill.ts"
-import { Heartbeat, KvEvents, Leave, Place, Prefilled, Release, type PlaceMessage, type Placement } from "../messages/scheduler.ts"
+import { Configure, Heartbeat, KvEvents, Leave, Place, Prefilled, Release, type PlaceMessage, type Placement } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
+import type { Members } from "../presence/members.ts"
 import { ClusterState } from "./cluster-state.ts"
-import { policies, type PolicyName } from "./policy.ts"
+import { isPolicyName, policies, type PolicyName } from "./policy.ts"
 
 export interface SchedulerOptions {
   readonly link: Link
@@ -21,6 +22,8 @@ export interface SchedulerOptions {
   readonly policy: PolicyName
   /** Most requests that wait for a place. */
   readonly queue: number
+  /** Who serves: to a later scheduler this one gives way. */
+  readonly members?: Pick<Members, "onCome">
 }
 
 interface Waiting {
@@ -34,6 +37,7 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
     const { link, namespace } = options
     const state = new ClusterState({ silenceMs: limits.heartbeatSilenceMs, leaseMs: limits.placementLeaseMs })
     const dumping = new Set<string>()
+    let { policy, queue } = options
     let waiting: ReadonlyArray<Waiting> = []
 
     const fault = (code: "overloaded" | "unavailable" | "invalid_request", message: string, param?: string) =>
@@ -50,10 +54,13 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       if (request.choices > largest) return fault("invalid_request", `n: ${request.choices} choices are more than the ${largest} sequences that a worker decodes at once`, "n")
       const roomy = decode.filter((worker) => state.hasSlot(worker, request.choices))
       // A worker of both roles that has no room to decode takes no prompt either: its KV would have to leave at once.
-      const able = prefill.filter((worker) => roomy.includes(worker) || !worker.roles.includes("decode"))
-      if (roomy.length === 0 || able.length === 0) return undefined
-      const chosen = policies[options.policy](request, state, { prefill: able, decode: roomy })
-      const computeTokens = Math.max(0, request.tokens - chosen.prefixBlocks * chosen.prefill.load.blockTokens)
+      const able = prefill.filter((worker) => state.beginsSoon(worker) && (roomy.includes(worker) || !worker.roles.includes("decode")))
+      // What was moved lacks a few tokens of its KV at most, which decode computes itself.
+      const computing = request.movedFrom === undefined ? able : roomy
+      if (roomy.length === 0 || computing.length === 0) return undefined
+      const chosen = policies[policy](request, state, { prefill: computing, decode: roomy })
+      const missing = Math.max(0, request.tokens - chosen.prefixBlocks * chosen.prefill.load.blockTokens)
+      const computeTokens = request.movedFrom === undefined ? missing : Math.min(missing, chosen.prefill.load.blockTokens)
       const queuedTokens = state.queuedTokens(chosen.prefill.id)
       state.charge({ requestId: request.requestId, attempt: request.attempt, prefill: chosen.prefill.id, decode: chosen.decode.id, choices: request.choices, computeTokens, placedAtMs: nowMs })
       const holder = state.holder(request, chosen.prefill.id, chosen.prefixBlocks)
@@ -83,15 +90,17 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       }
     })
 
-    const spanAttributes = { ...messageAttributes(link, subject(namespace, "scheduler", anyId, Place.verb)), [attributes.policy]: options.policy }
+    const spanAttributes = messageAttributes(link, subject(namespace, "scheduler", anyId, Place.verb))
 
     const place = (request: PlaceMessage) =>
       Effect.gen(function* () {
         const arrivedAtMs = performance.now()
         const entry: Waiting = { request, placed: yield* Deferred.make<Placement, Fault>() }
-        waiting = [...waiting, entry]
+        const newcomers = waiting.findIndex((other) => other.request.begun !== true)
+        waiting = request.begun === true && newcomers >= 0 ? [...waiting.slice(0, newcomers), entry, ...waiting.slice(newcomers)] : [...waiting, entry]
         yield* drain
-        if (waiting.length > options.queue && waiting.includes(entry)) {
+        const isNew = request.begun !== true
+        if (isNew && waiting.length > queue && waiting.includes(entry)) {
           waiting = waiting.filter((other) => other !== entry)
           return yield* Effect.fail(fault("overloaded", `${waiting.length} requests wait for a place already`))
         }
@@ -103,7 +112,7 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
           [attributes.queueWaitMs]: performance.now() - arrivedAtMs,
         })
         return placement
-      }).pipe(Effect.withSpan(spans.schedulerPlace, { kind: "server", attributes: { ...spanAttributes, [attributes.requestId]: request.requestId, [attributes.attempt]: request.attempt } }))
+      }).pipe(Effect.withSpan(spans.schedulerPlace, { kind: "server", attributes: { ...spanAttributes, [attributes.policy]: policy, [attributes.requestId]: request.requestId, [attributes.attempt]: request.attempt } }))
 
     const release = (key: { readonly requestId: string; readonly attempt: number }) =>
       Effect.gen(function* () {
@@ -112,6 +121,17 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
         waiting = waiting.filter((entry) => !gone.includes(entry))
         for (const entry of gone) yield* settle(entry, new Fault({ code: "cancelled", message: `${link.sender}: the request was given up`, hop: link.sender }))
         yield* drain
+      })
+
+    const configure = (wanted: { readonly policy?: string | undefined; readonly queue?: number | undefined; readonly admission?: string | undefined }) =>
+      Effect.gen(function* () {
+        if (wanted.policy !== undefined && !isPolicyName(wanted.policy)) return yield* Effect.fail(fault("invalid_request", `policy: ${wanted.policy} is not one of ${Object.keys(policies).join(", ")}`, "policy"))
+        if (wanted.admission !== undefined && wanted.admission !== "none") return yield* Effect.fail(fault("invalid_request", `admission: ${wanted.admission} is not available; none is`, "admission"))
+        const applied = [...(wanted.policy !== undefined && wanted.policy !== policy ? ["policy" as const] : []), ...(wanted.queue !== undefined && wanted.queue !== queue ? ["queue" as const] : [])]
+        policy = wanted.policy ?? policy
+        queue = wanted.queue ?? queue
+        yield* drain
+        return { applied }
       })
 
     const dump = (worker: string, epoch: number) =>
@@ -136,10 +156,11 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       Effect.catchDefect((error) => Effect.sync(() => console.error(`${link.sender}: sweep: ${error instanceof Error ? error.message : String(error)}`))),
     )
     yield* Effect.forkScoped(Effect.forever(sweep))
-    yield* actor(link, [
+    const { leave } = yield* actor(link, [
       onAsk(Place, here(Place.verb), place, { concurrent: true }),
       onTell(Release, here(Release.verb), release),
-      onTell(Prefilled, here(Prefilled.verb), (key) => Effect.sync(() => state.prefilled(key))),
+      onAsk(Configure, here(Configure.verb), configure),
+      onTell(Prefilled, here(Prefilled.verb), (key) => Effect.andThen(Effect.sync(() => state.prefilled(key)), drain)),
       onTell(Leave, here(Leave.verb), ({ worker, epoch }) => Effect.sync(() => state.leave(worker, epoch))),
       onTell(Heartbeat, here(Heartbeat.verb), (message) =>
         Effect.gen(function* () {
@@ -150,4 +171,14 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       ),
       onTell(KvEvents, here(KvEvents.verb), (message) => Effect.suspend(() => (state.kvEvents(message) ? Effect.asVoid(Effect.forkIn(dump(message.worker, message.epoch), scope)) : Effect.void))),
     ])
+    const stepDown = Effect.gen(function* () {
+      leave("everything")
+      const asked = waiting
+      waiting = []
+      for (const entry of asked) yield* settle(entry, new Fault({ code: "stale", message: `${link.sender}: epoch ${link.epoch} is over`, hop: link.sender }))
+    })
+    yield* Effect.acquireRelease(
+      Effect.sync(() => options.members?.onCome((kind, _, epoch) => void (kind === "scheduler" && epoch > link.epoch && Effect.runFork(stepDown)))),
+      (stop) => Effect.sync(() => stop?.()),
+    )
   })

@@ -3,8 +3,9 @@ import { fileURLToPath } from "node:url"
 import { Effect, type Scope } from "effect"
 import { loadTopology } from "../../config/load-topology.ts"
 import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
-import { serve } from "../up.ts"
+import { serve } from "../serve.ts"
 import { median, rounded } from "./figures.ts"
+import type { TimeBudget } from "./time-budget.ts"
 
 export interface FirstToken {
   readonly singleMs: number
@@ -17,13 +18,15 @@ interface Asked {
   readonly secondMs: number
 }
 
-/** Pairs of a length are measured for this long, and at least `leastPairs` of them. */
+/** Pairs of a length are measured for this long, or such a share of the bench's time where that is less, and at least `leastPairs` of them. */
 const budgetMs = { 512: 7_000, 2048: 11_000 } as const
+const share = { warmUp: 0.25, 512: 0.35, 2048: 0.8 } as const
 const leastPairs = 2
 /** For what a request leaves to be done in the background. */
 const restMs = 150
 /** Short requests before: V8 interprets what it has run less often, and the disaggregated topology runs it in six processes. */
 const warmUps = 150
+const leastWarmUps = 20
 /** Enough that no prompt finds an earlier one's blocks where they should be free. */
 const blocks = 1_024
 
@@ -53,7 +56,8 @@ interface Pair {
 const pairs = async (single: () => Promise<Asked>, disaggregated: () => Promise<Asked>, longestMs: number): Promise<ReadonlyArray<Pair>> => {
   const startedAtMs = performance.now()
   const measured: Array<Pair> = []
-  while (measured.length < leastPairs || performance.now() - startedAtMs < longestMs) {
+  // One that would not end in time is not begun.
+  while (measured.length < leastPairs || (performance.now() - startedAtMs) * (1 + 1 / measured.length) < longestMs) {
     const asked: Partial<Record<"single" | "disaggregated", Asked>> = {}
     // Who is first takes turns too.
     for (const which of measured.length % 2 === 0 ? (["single", "disaggregated"] as const) : (["disaggregated", "single"] as const)) {
@@ -72,7 +76,7 @@ const summary = (measured: ReadonlyArray<Pair>): FirstToken => ({
 })
 
 /** Runs both topologies and asks both. */
-export const firstTokens = (model: ResolvedModel): Effect.Effect<{ readonly ttft: FirstToken; readonly ttft2048: FirstToken; readonly secondTokenMs: number }, Error, Scope.Scope> =>
+export const firstTokens = (model: ResolvedModel, time: TimeBudget): Effect.Effect<{ readonly ttft: FirstToken; readonly ttft2048: FirstToken; readonly secondTokenMs: number }, Error, Scope.Scope> =>
   Effect.gen(function* () {
     const start = (preset: string) => {
       const { topology } = loadTopology(fileURLToPath(new URL(`../../config/topologies/${preset}.yaml`, import.meta.url)), { host: "127.0.0.1", port: 0 })
@@ -82,13 +86,14 @@ export const firstTokens = (model: ResolvedModel): Effect.Effect<{ readonly ttft
     const single = yield* start("single")
     const disaggregated = yield* start("disaggregated")
     return yield* Effect.promise(async () => {
-      for (let i = 0; i < warmUps; i++) await Promise.all([single(16), disaggregated(16)])
+      const [startedAtMs, warmUpMs] = [performance.now(), time.share(share.warmUp)]
+      for (let i = 0; i < warmUps && (i < leastWarmUps || performance.now() - startedAtMs < warmUpMs); i++) await Promise.all([single(16), disaggregated(16)])
       for (let i = 0; i < 2; i++) {
         await single(512)
         await disaggregated(512)
       }
-      const short = await pairs(() => single(512), () => disaggregated(512), budgetMs[512])
-      const long = await pairs(() => single(2048), () => disaggregated(2048), budgetMs[2048])
+      const short = await pairs(() => single(512), () => disaggregated(512), time.share(share[512], budgetMs[512]))
+      const long = await pairs(() => single(2048), () => disaggregated(2048), time.share(share[2048], budgetMs[2048]))
       return { ttft: summary(short), ttft2048: summary(long), secondTokenMs: rounded(median(short.map(({ disaggregated: { secondMs } }) => secondMs))) }
     })
   })

@@ -23,8 +23,8 @@ export type KernelsOrder =
   | { readonly type: "prefill"; readonly prompt: ReadonlyArray<number> }
   /** Draws `steps` tokens after the first, all sequences in one batch, each after a context of its own as long as `context`; answers with the milliseconds of those steps. */
   | { readonly type: "decode"; readonly context: ReadonlyArray<number>; readonly sequences: number; readonly steps: number }
-  /** Answers with the log probability of each token but the first, given those before it. */
-  | { readonly type: "score"; readonly tokens: ReadonlyArray<number> }
+  /** Answers with the log probability of each token but the first, given those before it; of fewer, whole chunks, where `longestMs` are over before. */
+  | { readonly type: "score"; readonly tokens: ReadonlyArray<number>; readonly longestMs?: number | undefined }
 
 export interface OpenOptions {
   readonly path: string
@@ -42,7 +42,7 @@ export type KernelsReport = number | ReadonlyArray<number>
 export interface Runtime {
   prefill(prompt: ReadonlyArray<number>): Promise<number>
   decode(context: ReadonlyArray<number>, sequences: number, steps: number): Promise<number>
-  score(tokens: ReadonlyArray<number>): Promise<ReadonlyArray<number>>
+  score(tokens: ReadonlyArray<number>, longestMs?: number): Promise<ReadonlyArray<number>>
 }
 
 /** Answers orders with a runtime that `open` has loaded; `prepare` comes before the clock starts. */
@@ -58,6 +58,6 @@ export const answering = <Prepared>(prepare: (options: OpenOptions) => Promise<P
     if (runtime === undefined) throw new Error(`${order.type}: no model is open`)
     if (order.type === "prefill") return runtime.prefill(order.prompt)
     if (order.type === "decode") return runtime.decode(order.context, order.sequences, order.steps)
-    return runtime.score(order.tokens)
+    return runtime.score(order.tokens, order.longestMs)
   }
 }

@@ -21,6 +21,7 @@ import { contextTokens, firstPromptTokens, longestPrompt, type KernelsOrder, typ
 import { openVino } from "./openvino.ts"
 import { BenchError, peerProcess, type Peer } from "./peer.ts"
 import { requantiseToQ40 } from "./requantise.ts"
+import { TimeBudget } from "./time-budget.ts"
 
 export interface KernelsOptions {
   readonly vs: "llama.cpp" | "openvino" | undefined
@@ -78,11 +79,14 @@ export interface KernelsFigures extends RuntimeFigures {
 const mostOthersShare = 0.1
 const leastRounds = 3
 /** How long a workload is measured, and, beside another runtime, how long at most until enough rounds count. */
-const aloneMs = 4_000
 const comparedMs = 10_000
 const patienceMs = 90_000
-/** Rounds of fresh processes. */
+/** Alone: at most, and of the time that is left as many shares as workloads and the text's perplexity still want. */
+const aloneMs = 4_000
+const leastAlone = 2
+/** Rounds of fresh processes, and how long they take at most where nothing is compared. */
 const loads = 3
+const loadsMs = 6_000
 /** For threads that look out for work a while before they sleep. */
 const restMs = 50
 /** Tokens of a text that are scored at most. */
@@ -127,8 +131,8 @@ interface Round {
   readonly othersShare: number
 }
 
-/** The rounds of one workload that count. */
-const alternate = async (workload: Workload, processes: ReadonlyArray<Process>, vocabulary: number): Promise<ReadonlyArray<Round>> => {
+/** The rounds of one workload that count; `budgetMs` is what they may take where nothing is compared. */
+const alternate = async (workload: Workload, processes: ReadonlyArray<Process>, vocabulary: number, budgetMs: number): Promise<ReadonlyArray<Round>> => {
   const rounds: Array<Round> = []
   const context = distinctTokens(contextTokens, vocabulary, 2)
   const compared = processes.length > 1
@@ -136,7 +140,7 @@ const alternate = async (workload: Workload, processes: ReadonlyArray<Process>, 
   for (let number = -1; ; number++) {
     const tookMs = performance.now() - startedAtMs
     const calm = rounds.filter(({ othersShare }) => othersShare <= mostOthersShare).length >= leastRounds
-    if (number >= leastRounds && tookMs > (!compared ? aloneMs : calm ? comparedMs : patienceMs)) break
+    if (compared ? number >= leastRounds && tookMs > (calm ? comparedMs : patienceMs) : number >= leastAlone && tookMs > budgetMs) break
     const rates: Array<number> = []
     let mostShare = 0
     for (const [i, process] of inTurn(processes, Math.max(0, number))) {
@@ -223,6 +227,7 @@ const readText = (path: string): string => {
 /** Measures everything. */
 export const kernelsFigures = (model: ResolvedModel, options: KernelsOptions): Effect.Effect<KernelsFigures, Error, Scope.Scope> =>
   Effect.gen(function* () {
+    const time = new TimeBudget()
     const gguf = yield* attempt(() => readGguf(model.path))
     const text = yield* Effect.try({ try: () => readText(options.text ?? defaultText), catch: (error) => error as Error })
     const tokenizer = new Tokenizer(gguf.metadata)
@@ -239,7 +244,9 @@ export const kernelsFigures = (model: ResolvedModel, options: KernelsOptions): E
 
     const { vocabulary } = tokenizer
     const tookMs: ReadonlyArray<Array<number>> = contestants.map(() => [])
-    for (let round = 0; round < loads; round++) {
+    const alone = contestants.length === 1
+    const startedAtMs = performance.now()
+    for (let round = 0; round < loads && (round === 0 || !alone || performance.now() - startedAtMs < loadsMs); round++) {
       for (const [i, contestant] of inTurn(contestants, round)) tookMs[i]!.push((yield* Effect.scoped(open(contestant, vocabulary))).tookMs)
     }
     const measuredPeaks = [yield* attempt(() => peaks(threads, isa))]
@@ -248,10 +255,15 @@ export const kernelsFigures = (model: ResolvedModel, options: KernelsOptions): E
     const processes: Array<Process> = []
     for (const contestant of contestants) processes.push((yield* Scope.provide(open(contestant, vocabulary), scope)).process)
     const rounds = new Map<RateName, ReadonlyArray<Round>>()
-    for (const workload of workloads) rounds.set(workload.name, yield* attempt(() => alternate(workload, processes, vocabulary)))
+    for (const [i, workload] of workloads.entries()) rounds.set(workload.name, yield* attempt(() => alternate(workload, processes, vocabulary, time.share(1 / (workloads.length + 1 - i), aloneMs))))
+    // A text that was asked for is scored to its end; of the usual one what there is time for, and the same of it by all.
+    const longestMs = alone && options.text === undefined ? time.leftMs : undefined
     const perplexities: Array<number | undefined> = []
+    let scored = tokens.length - 1
     for (const [i, { scores }] of contestants.entries()) {
-      perplexities.push(scores ? perplexity((yield* attempt(() => processes[i]!.ask({ type: "score", tokens }))) as ReadonlyArray<number>) : undefined)
+      const logprobs = scores ? ((yield* attempt(() => processes[i]!.ask({ type: "score", tokens: tokens.slice(0, scored + 1), longestMs }))) as ReadonlyArray<number>) : undefined
+      scored = Math.min(scored, logprobs?.length ?? scored)
+      perplexities.push(logprobs === undefined ? undefined : perplexity(logprobs))
     }
     yield* Scope.close(scope, Exit.void)
     measuredPeaks.push(yield* attempt(() => peaks(threads, isa)))
@@ -266,7 +278,7 @@ export const kernelsFigures = (model: ResolvedModel, options: KernelsOptions): E
     const ours = figuresOf(0)
     return {
       model: model.name, machine: `${cpus()[0]?.model.trim() ?? "unknown"}, ${availableParallelism()} cores`, isa, threads, othersShare: ratesOf(({ name }) => median(rounds.get(name)!.map(({ othersShare }) => othersShare))), contextTokens,
-      ...ours, perplexityTokens: tokens.length - 1, ...peak, ...shares(gguf, ours, peak),
+      ...ours, perplexityTokens: scored, ...peak, ...shares(gguf, ours, peak),
       peers: contestants.slice(1).map(({ name }, i) => ({ runtime: name, figures: figuresOf(i + 1), ratio: ratioTo(i + 1) })),
     }
   })

@@ -11,9 +11,15 @@ import { TransferSender } from "../../actors/transfer/transfer-sender.ts"
 import { median, rounded } from "./figures.ts"
 import { chunkBlocks, namespace, connectPool, openPool, poolId, transferBlocks, type KvOrder, type Pool } from "./kv-peer.ts"
 import { peerProcess, type Peer } from "./peer.ts"
+import type { TimeBudget } from "./time-budget.ts"
 
+/** Fewer where they would take too long. */
 const rounds = 30
+const leastRounds = 5
 const warmUpRounds = 3
+/** Of the bench's time. */
+const share = 0.25
+
 export interface Throughput {
   readonly mbPerS: number
   readonly rawMbPerS: number
@@ -47,7 +53,7 @@ const raw = async ({ kv }: Pool, publisher: Process, counter: Process): Promise<
 const program = fileURLToPath(new URL("./kv-process.ts", import.meta.url))
 
 /** Both, in turn. What is raw has processes of its own, so that neither collects the other's garbage. */
-export const throughput = (path: string): Effect.Effect<Throughput, Error, Scope.Scope> =>
+export const throughput = (path: string, time: TimeBudget): Effect.Effect<Throughput, Error, Scope.Scope> =>
   Effect.gen(function* () {
     const server = yield* superviseNatsServer()
     const nats: NatsAddress = { url: server.url, token: server.token }
@@ -57,7 +63,8 @@ export const throughput = (path: string): Effect.Effect<Throughput, Error, Scope
     const buses = yield* Effect.acquireRelease(Effect.promise(() => connectPool(nats, "sender")), ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])))
     const pool = yield* Effect.acquireRelease(Effect.promise(() => openPool(path)), ({ engine }) => Effect.promise(() => engine.close()))
     const rates: Array<{ readonly kv: number; readonly raw: number }> = []
-    for (let round = -warmUpRounds; round < rounds; round++) {
+    const [startedAtMs, longestMs] = [performance.now(), time.share(share)]
+    for (let round = -warmUpRounds; round < rounds && (round < leastRounds || performance.now() - startedAtMs < longestMs); round++) {
       const pair = yield* Effect.tryPromise({ try: async () => ({ kv: await transfer(pool, buses, receiver), raw: await raw(pool, publisher, counter) }), catch: (error) => error as Error })
       if (round >= 0) rates.push(pair)
     }

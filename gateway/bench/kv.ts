@@ -4,6 +4,7 @@ import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
 import { table } from "./figures.ts"
 import { throughput, type Throughput } from "./kv-throughput.ts"
 import { firstTokens, type FirstToken } from "./first-token.ts"
+import { TimeBudget } from "./time-budget.ts"
 
 export interface KvFigures {
   readonly kv: Throughput
@@ -15,8 +16,9 @@ export interface KvFigures {
 
 export const kvFigures = (model: ResolvedModel): Effect.Effect<KvFigures, Error> =>
   Effect.gen(function* () {
-    const kv = yield* Effect.scoped(throughput(model.path))
-    const { ttft, ttft2048, secondTokenMs } = yield* Effect.scoped(firstTokens(model))
+    const time = new TimeBudget()
+    const kv = yield* Effect.scoped(throughput(model.path, time))
+    const { ttft, ttft2048, secondTokenMs } = yield* Effect.scoped(firstTokens(model, time))
     return { kv, ttft, ttft2048, secondTokenMs }
   })
 

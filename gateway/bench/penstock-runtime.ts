@@ -67,9 +67,13 @@ class PenstockRuntime implements Runtime {
     return tookMs
   }
 
-  async score(tokens: ReadonlyArray<number>): Promise<ReadonlyArray<number>> {
+  async score(tokens: ReadonlyArray<number>, longestMs: number = Number.POSITIVE_INFINITY): Promise<ReadonlyArray<number>> {
     const logprobs: Array<number> = []
+    const startedAtMs = performance.now()
     for (let start = 0; start + 1 < tokens.length; start += chunkTokens) {
+      // A chunk that would not end in time is not begun; one takes as long as those before it, and attends to more.
+      const chunks = start / chunkTokens
+      if (chunks > 0 && (performance.now() - startedAtMs) * (1 + 1 / chunks) > longestMs) break
       const targets = tokens.slice(start + 1, start + 1 + chunkTokens)
       const result = await this.#engine.step({
         tokens: Int32Array.from(tokens.slice(start, start + targets.length)),

@@ -2,7 +2,7 @@
 import { Effect, type Scope } from "effect"
 import type { Topology } from "../../config/topology.ts"
 import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
-import { serve } from "../up.ts"
+import { serve } from "../serve.ts"
 
 export interface Answer {
   readonly id: string

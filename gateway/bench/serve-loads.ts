@@ -3,7 +3,16 @@ import { median, quantile, rounded } from "./figures.ts"
 import { rest, type Answer, type Client } from "./serve-client.ts"
 
 /** Sizes in tokens. */
-export const sizes = { history: 2_000, question: 40, answer: 24, systemPrompt: 1_500, loadPrompt: 100, loadAnswer: 64 } as const
+export const sizes = { question: 40, answer: 24, loadPrompt: 100, loadAnswer: 64 } as const
+const longestHistory = 2_000
+const probeTokens = 500
+/** What a history may cost that is computed; on a slow machine it is shorter. */
+const longestColdMs = 1_500
+
+/** Tokens of a long history, as this machine computes them. */
+export const historyTokens = (probeMs: number): number => Math.min(longestHistory, Math.max(probeTokens, Math.floor(((probeTokens / probeMs) * longestColdMs) / 100) * 100))
+
+export const probe = async (client: Client): Promise<number> => (await client.complete(await client.tokens(probeTokens), 1)).firstMs
 
 /** Repeats a measurement for this long, and at least once. */
 export const repeated = async <A>(budgetMs: number, measure: () => Promise<A>): Promise<ReadonlyArray<A>> => {
@@ -15,6 +24,7 @@ export const repeated = async <A>(budgetMs: number, measure: () => Promise<A>): 
 }
 
 export interface ConversationFigures {
+  readonly historyTokens: number
   readonly streams: number
   readonly rounds: number
   /** Time to the first token of each turn, the first of which is cold. */
@@ -31,10 +41,10 @@ export interface ConversationFigures {
  * Conversations by previous_response_id: a long first message, then short ones. All ask a turn at the same moment, and the next
  * when all are answered, so that a second turn does not wait for the first of another.
  */
-const converse = async (client: Client, turns: number, count: number): Promise<ReadonlyArray<ReadonlyArray<Answer>>> => {
+const converse = async (client: Client, history: number, turns: number, count: number): Promise<ReadonlyArray<ReadonlyArray<Answer>>> => {
   const all = Array.from({ length: count }, (): Array<Answer> => [])
   for (let turn = 0; turn < turns; turn++) {
-    const questions = await Promise.all(all.map(() => client.text(turn === 0 ? sizes.history : sizes.question)))
+    const questions = await Promise.all(all.map(() => client.text(turn === 0 ? history : sizes.question)))
     await Promise.all(all.map(async (answers, i) => answers.push(await client.respond(questions[i]!, answers.at(-1)?.id, sizes.answer))))
     await rest()
   }
@@ -46,6 +56,8 @@ const expectedCached = ({ promptTokens, answerTokens }: Answer, next: Answer, bl
   Math.floor(Math.min(promptTokens + answerTokens - 1, next.promptTokens - 1) / blockTokens) * blockTokens
 
 export interface ConversationOptions {
+  /** Tokens of the first message. */
+  readonly history: number
   readonly turns: number
   /** Conversations at a time. */
   readonly streams: number
@@ -53,12 +65,13 @@ export interface ConversationOptions {
   readonly budgetMs: number
 }
 
-export const conversations = async (client: Client, { turns, streams: count, blockTokens, budgetMs }: ConversationOptions): Promise<ConversationFigures> => {
-  const rounds = await repeated(budgetMs, () => converse(client, turns, count))
+export const conversations = async (client: Client, { history, turns, streams: count, blockTokens, budgetMs }: ConversationOptions): Promise<ConversationFigures> => {
+  const rounds = await repeated(budgetMs, () => converse(client, history, turns, count))
   const all = rounds.flat()
   const ofTurn = (figure: (answer: Answer) => number) => Array.from({ length: turns }, (_, turn) => rounded(median(all.map((answers) => figure(answers[turn]!)))))
   const later = all.flatMap((answers) => answers.slice(1).map((answer, i) => answer.cachedTokens === expectedCached(answers[i]!, answer, blockTokens)))
   return {
+    historyTokens: history,
     streams: count,
     rounds: rounds.length,
     ttftMs: ofTurn(({ firstMs }) => firstMs),
@@ -79,20 +92,27 @@ export interface SharedPromptFigures {
   readonly cachedTokens: number
 }
 
-/** Users of one system prompt, one after the other, each with a question of its own. */
-export const sharedPrompt = async (client: Client, users: number, budgetMs: number): Promise<SharedPromptFigures> => {
+const mostUsers = 32
+const leastUsers = 4
+
+/** Users of one system prompt, one after the other, each with a question of its own; in the first round as many as there is time for. */
+export const sharedPrompt = async (client: Client, systemTokens: number, budgetMs: number): Promise<SharedPromptFigures> => {
+  const startedAtMs = performance.now()
+  let users = 0
   const rounds = await repeated(budgetMs, async () => {
-    const system = { role: "system", content: await client.text(sizes.systemPrompt) }
+    const system = { role: "system", content: await client.text(systemTokens) }
     const answers: Array<Answer> = []
-    for (let user = 0; user < users; user++) {
+    const enough = () => (users > 0 ? answers.length >= users : answers.length >= mostUsers || (answers.length >= leastUsers && performance.now() - startedAtMs > budgetMs))
+    for (let user = 0; !enough(); user++) {
       answers.push(await client.chat([system, { role: "user", content: await client.text(sizes.question) }], 2))
       if (user === 0) await rest()
     }
+    users = answers.length
     return { first: answers[0]!, others: answers.slice(1) }
   })
   const othersMs = rounds.map(({ others }) => median(others.map(({ firstMs }) => firstMs)))
   return {
-    systemTokens: sizes.systemPrompt,
+    systemTokens,
     users,
     firstMs: rounded(median(rounds.map(({ first }) => first.firstMs))),
     othersMs: rounded(median(othersMs)),
@@ -122,13 +142,17 @@ const loadFigures = (answers: ReadonlyArray<Answer>, tookMs: number): LoadFigure
 /** Chats that nobody sent before; so many that none is waited for while it is timed. */
 const chats = (client: Client, count: number) => Promise.all(Array.from({ length: count }, async () => [{ role: "user", content: await client.text(sizes.loadPrompt) }]))
 
-/** As many streams as said, each asking again as soon as it is answered. */
-export const streams = async (client: Client, count: number, requestsOfStream: number): Promise<LoadFigures> => {
+/** As many streams as said, each asking again as soon as it is answered, but not when time is up. */
+export const streams = async (client: Client, count: number, requestsOfStream: number, budgetMs: number): Promise<LoadFigures> => {
   const waiting = await chats(client, count * requestsOfStream)
   const answers: Array<Answer> = []
   const startedAtMs = performance.now()
   const stream = async () => {
-    for (let next = waiting.pop(); next !== undefined; next = waiting.pop()) answers.push(await client.chat(next, sizes.loadAnswer))
+    const ownAtMs = performance.now()
+    for (let [next, done] = [waiting.pop(), 0]; next !== undefined; next = waiting.pop()) {
+      answers.push(await client.chat(next, sizes.loadAnswer))
+      if ((performance.now() - ownAtMs) * (1 + 1 / ++done) > budgetMs) return
+    }
   }
   await Promise.all(Array.from({ length: count }, stream))
   return loadFigures(answers, performance.now() - startedAtMs)

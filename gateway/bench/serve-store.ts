@@ -4,7 +4,7 @@ import type { Topology } from "../../config/topology.ts"
 import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
 import { median, rounded } from "./figures.ts"
 import { rest, started, type Answer, type Client } from "./serve-client.ts"
-import { repeated, sizes } from "./serve-loads.ts"
+import { repeated } from "./serve-loads.ts"
 
 export interface StoreFigures {
   readonly tokens: number
@@ -29,8 +29,8 @@ interface Pair {
   readonly hit: Answer
 }
 
-const figures = (pairs: ReadonlyArray<Pair>): StoreFigures => ({
-  tokens: sizes.history,
+const figures = (tokens: number, pairs: ReadonlyArray<Pair>): StoreFigures => ({
+  tokens,
   rounds: pairs.length,
   recomputeMs: rounded(median(pairs.map(({ recomputed }) => recomputed.firstMs))),
   hitMs: rounded(median(pairs.map(({ hit }) => hit.firstMs))),
@@ -39,32 +39,32 @@ const figures = (pairs: ReadonlyArray<Pair>): StoreFigures => ({
 })
 
 /** The topology with pools that hold one prompt each, so that every other prompt makes them forget it. */
-const withSmallPools = (topology: Topology): Topology => ({
+const withSmallPools = (topology: Topology, tokens: number): Topology => ({
   ...topology,
-  workers: topology.workers.map((worker) => ({ ...worker, kv: { ...worker.kv, blocks: Math.ceil((sizes.history + answerTokens) / worker.kv.blockTokens) + 2 } })),
+  workers: topology.workers.map((worker) => ({ ...worker, kv: { ...worker.kv, blocks: Math.ceil((tokens + answerTokens) / worker.kv.blockTokens) + 2 } })),
 })
 
 /** Prompts that are new and the ones before them take turns: each makes the pool forget the other. */
-export const storeHit = (topology: Topology, model: ResolvedModel, budgetMs: number): Effect.Effect<StoreFigures, Error> =>
+export const storeHit = (topology: Topology, model: ResolvedModel, tokens: number, budgetMs: number): Effect.Effect<StoreFigures, Error> =>
   Effect.scoped(
     Effect.gen(function* () {
-      const client = yield* started(withSmallPools(topology), model)
+      const client = yield* started(withSmallPools(topology, tokens), model)
       return yield* Effect.promise(async () => {
         const ask = async (prompt: ReadonlyArray<number>) => {
           const answer = await client.complete(prompt, answerTokens)
           await rest(storedMs)
           return answer
         }
-        let before = await client.tokens(sizes.history)
+        let before = await client.tokens(tokens)
         await ask(before)
         const pairs = await repeated(budgetMs, async (): Promise<Pair> => {
-          const fresh = await client.tokens(sizes.history)
+          const fresh = await client.tokens(tokens)
           const recomputed = await ask(fresh)
           const hit = await ask(before)
           before = fresh
           return { recomputed, hit }
         })
-        return figures(pairs)
+        return figures(tokens, pairs)
       })
     }),
   )
@@ -73,20 +73,20 @@ export const storeHit = (topology: Topology, model: ResolvedModel, budgetMs: num
 export const hasDisk = ({ kvStore: { disk } }: Topology): boolean => disk !== undefined && disk.size > 0
 
 /** A prompt before and after everything has ended and begun again, beside one that is new. */
-export const restart = (topology: Topology, model: ResolvedModel): Effect.Effect<StoreFigures | Skipped, Error> => {
+export const restart = (topology: Topology, model: ResolvedModel, tokens: number): Effect.Effect<StoreFigures | Skipped, Error> => {
   if (!hasDisk(topology)) return Effect.succeed({ skipped: "the topology has no disk tier (kvStore.disk)" })
   const running = <A>(work: (client: Client) => Promise<A>) => Effect.scoped(Effect.flatMap(started(topology, model), (client) => Effect.promise(() => work(client))))
   return Effect.gen(function* () {
     const prompt = yield* running(async (client) => {
-      const tokens = await client.tokens(sizes.history)
-      await client.complete(tokens, answerTokens)
+      const asked = await client.tokens(tokens)
+      await client.complete(asked, answerTokens)
       await rest(storedMs)
-      return tokens
+      return asked
     })
     return yield* running(async (client) => {
-      const recomputed = await client.complete(await client.tokens(sizes.history), answerTokens)
+      const recomputed = await client.complete(await client.tokens(tokens), answerTokens)
       await rest(storedMs)
-      return figures([{ recomputed, hit: await client.complete(prompt, answerTokens) }])
+      return figures(tokens, [{ recomputed, hit: await client.complete(prompt, answerTokens) }])
     })
   })
 }

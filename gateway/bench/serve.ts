@@ -11,8 +11,9 @@ import type { Topology } from "../../config/topology.ts"
 import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
 import { rounded, table } from "./figures.ts"
 import { started } from "./serve-client.ts"
-import { conversations, openLoad, sharedPrompt, streams, type ConversationFigures, type LoadFigures, type SharedPromptFigures } from "./serve-loads.ts"
+import { conversations, historyTokens, openLoad, probe, sharedPrompt, streams, type ConversationFigures, type LoadFigures, type SharedPromptFigures } from "./serve-loads.ts"
 import { restart, storeHit, type Skipped, type StoreFigures } from "./serve-store.ts"
+import { TimeBudget } from "./time-budget.ts"
 
 export interface ServeBenchOptions {
   /** A topology file. */
@@ -35,11 +36,17 @@ export interface ServeFigures {
   readonly openLoad: LoadFigures
 }
 
-/** Repeated for so long, and once at least: 45 seconds in all, on two cores that are not idle. */
-const budgetMs = { conversation1: 6_000, conversation8: 1_000, sharedPrompt: 3_000, storeHit: 5_000 } as const
-const users = 32
+/** Each repeats, once at least, for this share of what is left of the bench's time, and for so long at most. */
+const share = { load1: 0.1, conversation1: 0.2, load8: 0.2, sharedPrompt: 0.15, conversation8: 0.3, openLoad: 0.3, storeHit: 0.5 } as const
+const mostMs = { conversation1: 6_000, sharedPrompt: 3_000, storeHit: 5_000 } as const
+/** One round of these: as many as there is time for. */
+const conversationsAtOnce = { least: 2, most: 8 } as const
+const openRequests = { least: 3, most: 12 } as const
+const systemPromptShare = 0.75
 /** Share of the requests a second of eight streams that the open load has. */
 const openShare = 0.7
+
+const within = ({ least, most }: { readonly least: number; readonly most: number }, count: number): number => Math.min(most, Math.max(least, Math.floor(count)))
 
 /** As the file says, but on a free port of loopback, beside a running one of the same file, and with its disk tier in `folder`. */
 const benchTopology = (file: string, folder: string): Topology => {
@@ -55,6 +62,7 @@ const benchTopology = (file: string, folder: string): Topology => {
 
 export const serveFigures = (model: ResolvedModel, { topology: file, turns }: ServeBenchOptions): Effect.Effect<ServeFigures, Error, Scope.Scope> =>
   Effect.gen(function* () {
+    const time = new TimeBudget()
     const folder = yield* Effect.acquireRelease(
       Effect.sync(() => mkdtempSync(join(tmpdir(), "penstock-bench-"))),
       (made) => Effect.sync(() => rmSync(made, { recursive: true, force: true })),
@@ -64,19 +72,22 @@ export const serveFigures = (model: ResolvedModel, { topology: file, turns }: Se
     const whole = yield* Effect.scoped(
       Effect.flatMap(started(topology, model), (client) =>
         Effect.promise(async () => {
-          const load1 = await streams(client, 1, 6)
-          const conversation1 = await conversations(client, { turns, streams: 1, blockTokens, budgetMs: budgetMs.conversation1 })
-          const load8 = await streams(client, 8, 2)
-          const shared = await sharedPrompt(client, users, budgetMs.sharedPrompt)
-          const conversation8 = await conversations(client, { turns, streams: 8, blockTokens, budgetMs: budgetMs.conversation8 })
-          const open = await openLoad(client, rounded(load8.requestsPerS * openShare), 12)
-          return { conversation1, conversation8, sharedPrompt: shared, load1, load8, openLoad: open }
+          const history = historyTokens(await probe(client))
+          const load1 = await streams(client, 1, 6, time.share(share.load1))
+          const conversation1 = await conversations(client, { history, turns, streams: 1, blockTokens, budgetMs: time.share(share.conversation1, mostMs.conversation1) })
+          const load8 = await streams(client, 8, 2, time.share(share.load8))
+          const shared = await sharedPrompt(client, history * systemPromptShare, time.share(share.sharedPrompt, mostMs.sharedPrompt))
+          const count = within(conversationsAtOnce, time.share(share.conversation8) / conversation1.ttftMs[0]!)
+          const conversation8 = await conversations(client, { history, turns, streams: count, blockTokens, budgetMs: 0 })
+          const requestsPerS = rounded(load8.requestsPerS * openShare)
+          const open = await openLoad(client, requestsPerS, within(openRequests, (time.share(share.openLoad) / 1000) * requestsPerS))
+          return { history, conversation1, conversation8, sharedPrompt: shared, load1, load8, openLoad: open }
         }),
       ),
     )
-    const hit = yield* storeHit(topology, model, budgetMs.storeHit)
-    const again = yield* restart(topology, model)
-    const { conversation1, conversation8, sharedPrompt: shared, ...loads } = whole
+    const { history, conversation1, conversation8, sharedPrompt: shared, ...loads } = whole
+    const hit = yield* storeHit(topology, model, history, time.share(share.storeHit, mostMs.storeHit))
+    const again = yield* restart(topology, model, history)
     return { model: model.name, workers: topology.workers.length, conversation1, conversation8, sharedPrompt: shared, storeHit: hit, restart: again, ...loads }
   })
 
@@ -89,9 +100,9 @@ export const serveTable = (figures: ServeFigures): string => {
   const load = (name: string, { tokPerS, requestsPerS, ttftP50Ms, ttftP99Ms }: LoadFigures) => [name, `${tokPerS} tok/s`, ms(ttftP50Ms), ms(ttftP99Ms), String(requestsPerS)]
   const firsts = table([
     ["time to first token", "", "compared with", "ratio"],
-    conversation("turn 2 of a conversation", conversation1),
-    conversation("turn 2, 8 conversations", conversation8),
-    ["shared system prompt", ms(shared.othersMs), `${ms(shared.firstMs)} (its first user)`, String(shared.ratio)],
+    conversation(`turn 2 after ${conversation1.historyTokens} tokens`, conversation1),
+    conversation(`the same, ${conversation8.streams} at a time`, conversation8),
+    [`shared system prompt, ${shared.users} users`, ms(shared.othersMs), `${ms(shared.firstMs)} (its first user)`, String(shared.ratio)],
     store("found in the KV store", hit),
     store("after a restart", again),
   ])

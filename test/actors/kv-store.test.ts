@@ -359,7 +359,7 @@ it("a worker of both roles does not start where its blocks would not fit the bus
   const { topology } = loadTopology("config/topologies/single.yaml", {})
   const model = { name: "tiny", aliases: [], path, sha256: "0".repeat(64) }
   const start = (name: "memory" | "nats") => {
-    const bus = Object.assign(new MemoryBus({ maxPayloadBytes: 1000 }), { name })
+    const bus = Object.defineProperty(new MemoryBus({ maxPayloadBytes: 1000 }), "name", { value: name })
     const serving = Effect.die("it serves")
     return Effect.runPromise(Effect.scoped(Effect.exit(runComponent({ kind: "worker", id: topology.workers[0]!.name }, 1, { topology, model, namespace: "test", env: readEnv({}), buses: { control: bus, bulk: bus } }, serving)))).finally(() => bus.close())
   }

@@ -6,11 +6,13 @@ import { limits } from "../../config/limits.ts"
 import { chainHashes } from "../../actors/engine/block-hash.ts"
 import { packHashes } from "../../actors/messages/hashes.ts"
 import { KvDump } from "../../actors/messages/prefill.ts"
-import { Heartbeat, KvEvents, Leave, Place, Prefilled, Release, type HeartbeatMessage, type KvEventsMessage, type PlaceMessage } from "../../actors/messages/scheduler.ts"
+import { Configure, Heartbeat, KvEvents, Leave, Place, Prefilled, Release, type HeartbeatMessage, type KvEventsMessage, type PlaceMessage } from "../../actors/messages/scheduler.ts"
 import { anyId, subject } from "../../actors/messages/subjects.ts"
 import { actor, onAsk } from "../../actors/runtime/actor.ts"
 import { Link } from "../../actors/runtime/link.ts"
 import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
+import { announce } from "../../actors/presence/announce.ts"
+import { Members } from "../../actors/presence/members.ts"
 import { ClusterState } from "../../actors/scheduler/cluster-state.ts"
 import { policies, type PolicyName } from "../../actors/scheduler/policy.ts"
 import { schedulerActor } from "../../actors/scheduler/scheduler.ts"
@@ -189,6 +191,52 @@ describe("the cluster's state", () => {
     expect(state.workers.get("w")!.nextEventId).toBe(10)
   })
 
+  it("takes other roles and bounds of the same incarnation, with its prefixes and charges", () => {
+    const state = fresh()
+    const roles = (role: "prefill" | "decode") => state.candidates(role, request("r")).map(({ id }) => id)
+    state.heartbeat(heartbeat("w"), 0)
+    state.kvEvents(events("w", upTo(32)))
+    state.charge(charge)
+    state.heartbeat(heartbeat("w", { roles: ["prefill"], maxBatch: 9, nextEventId: 2 }), 1)
+    expect([roles("prefill"), roles("decode")]).toEqual([["w"], []])
+    state.heartbeat(heartbeat("w", { roles: ["decode"], maxBatch: 9, nextEventId: 2 }), 2)
+    expect([roles("prefill"), roles("decode")]).toEqual([[], ["w"]])
+    state.heartbeat(heartbeat("w", { roles: [], maxBatch: 9, nextEventId: 2 }), 3)
+    expect([roles("prefill"), roles("decode")]).toEqual([[], []])
+    expect(state.workers.get("w")).toMatchObject({ load: { maxBatch: 9 }, nextEventId: 2 })
+    expect([state.prefixBlocks(state.workers.get("w")!, request("r")), state.sequences("w")]).toEqual([2, 3])
+  })
+
+  it("has a worker without a role as holder of what it knows, and the one that a request was moved from", () => {
+    const state = fresh()
+    state.heartbeat(heartbeat("drained", { roles: [] }), 0)
+    state.kvEvents(events("drained", upTo(32)))
+    state.heartbeat(heartbeat("failed"), 0)
+    state.kvEvents(events("failed", upTo(40)))
+    expect(state.holder(request("r", upTo(40), { movedFrom: "drained", exclude: ["failed"] }), "other", 0)).toEqual({ worker: "drained", blocks: 2 })
+  })
+
+  it("lets a prompt begin on a worker that has less than a short time's work, as measured, and always on an idle one", () => {
+    const state = fresh()
+    const begins = () => state.beginsSoon(state.workers.get("w")!)
+    state.heartbeat(heartbeat("w"), 0)
+    expect(begins()).toBe(true)
+    const queue = (computeTokens: number) => state.charge({ ...charge, requestId: `${computeTokens}`, computeTokens })
+    queue(limits.prefillQueueTokens - 1)
+    expect(begins()).toBe(true)
+    queue(1)
+    expect(begins()).toBe(false)
+    state.heartbeat(heartbeat("w", { prefillTokPerS: limits.prefillQueueTokens }), 1)
+    expect(begins()).toBe(true)
+    queue((limits.prefillQueueTokens * limits.prefillQueueMs) / 1000)
+    expect(begins()).toBe(false)
+    for (const { requestId, attempt } of [...state.charges.values()]) state.prefilled({ requestId, attempt })
+    expect(begins()).toBe(true)
+    state.heartbeat(heartbeat("w", { prefillTokPerS: 0.001 }), 2) // a step's tokens are no long wait, however slow it is
+    queue(limits.stepTokens - 1)
+    expect(begins()).toBe(true)
+  })
+
   it("offers the workers that a request has failed on only where there are no others", () => {
     const state = fresh()
     state.heartbeat(heartbeat("a"), 0)
@@ -324,6 +372,108 @@ describe("the scheduler", () => {
         yield* release("first")
         yield* second.await
       }),
+    ))
+
+  it("keeps prompts in its queue, and a prefill worker that comes takes the next of them at once", () =>
+    beside(
+      Effect.gen(function* () {
+        const prompt = (id: string) => request(id, upTo(40), { tokens: limits.prefillQueueTokens })
+        const prefiller = (id: string) => beat(heartbeat(id, { roles: ["prefill"] }))
+        yield* beat(heartbeat("d", { roles: ["decode"], maxBatch: 9 }))
+        yield* prefiller("p0")
+        expect((yield* place(prompt("a"))).prefill).toBe("p0")
+        const [b, c, d] = [yield* fork(place(prompt("b"))), yield* fork(place(prompt("c"))), yield* fork(place(prompt("d")))]
+        expect(yield* Deferred.isDone(b.done)).toBe(false)
+        yield* prefiller("p1")
+        expect((yield* b.await).prefill).toBe("p1")
+        yield* settle
+        expect(yield* Deferred.isDone(c.done)).toBe(false)
+        yield* prefiller("p2")
+        expect((yield* c.await).prefill).toBe("p2")
+        yield* settle
+        expect(yield* Deferred.isDone(d.done)).toBe(false)
+        yield* link.tell(Prefilled, to(Prefilled.verb), { requestId: "b", attempt: 0 })
+        expect((yield* d.await).prefill).toBe("p1")
+      }),
+      { queue: 8 },
+    ))
+
+  it("places what has begun before what has not, in order, and never refuses it for the length of the queue", () =>
+    beside(
+      Effect.gen(function* () {
+        yield* beat(heartbeat("w", { maxBatch: 1 }))
+        yield* place(request("a"))
+        const news = [yield* fork(place(request("new 1"))), yield* fork(place(request("new 2")))]
+        const begun = [yield* fork(place(request("begun 1", upTo(4), { begun: true }))), yield* fork(place(request("begun 2", upTo(4), { begun: true })))]
+        expect(yield* Effect.flip(place(request("new 3")))).toMatchObject({ code: "overloaded" })
+        const order = [...begun, ...news]
+        for (const [i, id] of ["a", "begun 1", "begun 2", "new 1"].entries()) {
+          yield* release(id)
+          yield* order[i]!.await
+          yield* settle
+          for (const later of order.slice(i + 1)) expect(yield* Deferred.isDone(later.done), id).toBe(false)
+        }
+      }),
+    ))
+
+  it("has what was moved computed where it decodes, however much waits at those that prefill, and not where it was", () =>
+    beside(
+      Effect.gen(function* () {
+        yield* beat(heartbeat("p", { roles: ["prefill"] }))
+        yield* beat(heartbeat("old", { roles: [] }))
+        yield* beat(heartbeat("d", { roles: ["decode"] }))
+        yield* place(request("busy", upTo(40), { tokens: 10 * limits.prefillQueueTokens }))
+        const moved = yield* place(request("moved", upTo(40), { tokens: 500, begun: true, movedFrom: "old" }))
+        expect(moved).toMatchObject({ prefill: "d", decode: "d", estimates: { computeTokens: blockTokens } })
+        // Where it is the only one that decodes again, it gets it back.
+        yield* link.tell(Leave, to(Leave.verb), { worker: "d", epoch: 1 })
+        yield* beat(heartbeat("old", { roles: ["decode"] }))
+        expect((yield* place(request("back", upTo(40), { begun: true, movedFrom: "old" }))).decode).toBe("old")
+      }),
+    ))
+
+  it("takes another policy and another bound of its queue while it runs, and refuses what is not available", () =>
+    beside(
+      Effect.gen(function* () {
+        const configure = (wanted: { readonly policy?: string; readonly queue?: number; readonly admission?: string }) => link.ask(Configure, to(Configure.verb), wanted, { hop: "scheduler" })
+        for (const worker of ["a", "b"]) yield* beat(heartbeat(worker))
+        yield* link.tell(KvEvents, to(KvEvents.verb), events("b", upTo(320)))
+        const known = (id: string) => request(id, upTo(330))
+        expect((yield* place(known("1"))).prefill).toBe("a") // the least loaded
+        expect(yield* configure({ policy: "cache-aware", admission: "none" })).toEqual({ applied: ["policy"] })
+        expect((yield* place(known("2"))).prefill).toBe("b")
+        expect(yield* configure({ policy: "cache-aware", queue: 2 })).toEqual({ applied: [] })
+        expect(yield* Effect.flip(configure({ policy: "fastest", queue: 9 }))).toMatchObject({ code: "invalid_request", param: "policy", message: expect.stringContaining("least-loaded, cache-aware") })
+        expect(yield* Effect.flip(configure({ admission: "early-rejection" }))).toMatchObject({ code: "invalid_request", param: "admission" })
+        for (const id of ["3", "4", "5", "6", "7", "8"]) yield* place(request(id, upTo(4)))
+        for (const id of ["9", "10"]) yield* fork(place(request(id)))
+        expect(yield* Effect.flip(place(request("11")))).toMatchObject({ code: "overloaded" })
+        expect(yield* configure({ queue: 3 })).toEqual({ applied: ["queue"] })
+        yield* fork(place(request("12")))
+        expect(yield* Effect.flip(place(request("13")))).toMatchObject({ code: "overloaded", message: expect.stringContaining("3 requests wait") })
+      }),
+    ))
+
+  it("gives up its queue to a later one, and hears nothing more", () =>
+    beside(
+      Effect.scoped(
+        Effect.gen(function* () {
+          const members = yield* Members.listen(bus, "test")
+          const later = (epoch: number, id = "s0") => announce({ link: new Link(bus, `scheduler ${id}`, epoch), namespace: "test", kind: "scheduler", id })
+          yield* schedulerActor({ link: new Link(bus, "scheduler s0", 7), namespace: "other", policy: "least-loaded", queue: 2, members })
+          const other = (verb: string) => subject("other", "scheduler", anyId, verb)
+          const ask = (id: string) => link.ask(Place, other(Place.verb), request(id), { hop: "scheduler", deadlineMs: 60_000 })
+          yield* link.tell(Heartbeat, other(Heartbeat.verb), heartbeat("w", { maxBatch: 1 }))
+          yield* ask("a")
+          const waits = yield* fork(Effect.exit(ask("b")))
+          for (const id of ["s0", "s1"]) yield* Effect.scoped(later(6, id))
+          yield* settle
+          expect(yield* Deferred.isDone(waits.done)).toBe(false)
+          yield* later(8)
+          expect(yield* waits.await).toEqual(Exit.fail(expect.objectContaining({ code: "stale", hop: "scheduler s0" })))
+          expect(yield* Effect.flip(ask("c"))).toMatchObject({ code: "unavailable" })
+        }),
+      ),
     ))
 
   it("never refuses while it is idle, though nobody may wait", () =>

@@ -124,7 +124,7 @@ export class Cluster {
     for (const { worker, kernels } of this.node.workers.values()) {
       const { engine } = worker
       await until(() => engine.requestIds.length === 0 && engine.load.sequences === 0 && engine.load.waiting === 0)
-      await until(() => engine.blocks.available === engine.blocks.total) // the KV store may still be reading some
+      await until(() => engine.blocks.available === engine.blocks.limit) // the KV store may still be reading some
       engine.checkInvariants()
       if (kernels.samplers !== 0) throw new Error(`${worker.id} has ${kernels.samplers} samplers left`)
     }

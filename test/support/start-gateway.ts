@@ -2,7 +2,7 @@
 import { Effect, Exit, Scope } from "effect"
 import OpenAI from "openai"
 import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
-import { gateway, type GatewayOptions } from "../../gateway/gateway.ts"
+import { Gateway, type GatewayOptions, type ListenOptions } from "../../gateway/gateway.ts"
 import { FakeRequestActor } from "./fake-request-actor.ts"
 
 export interface StartedGateway {
@@ -10,29 +10,36 @@ export interface StartedGateway {
   readonly port: number
   readonly bus: MemoryBus
   readonly actor: FakeRequestActor
+  readonly gateway: Gateway
   /** An official client without retries. */
   readonly client: OpenAI
   post(path: string, body: unknown, headers?: Record<string, string>): Promise<Response>
   close(): Promise<void>
 }
 
-export const servedModel = { id: "tiny", created: 1_700_000_000, ownedBy: "penstock", contextLength: 2048 }
+export const servedModel = { id: "tiny", created: 1_700_000_000, ownedBy: "penstock", contextLength: 2048, digest: "0".repeat(64) }
 
-export const startGateway = async (options: Partial<GatewayOptions> = {}, apiKey = "none"): Promise<StartedGateway> => {
+export const startGateway = async (options: Partial<GatewayOptions & ListenOptions & { readonly namespace: string }> = {}, apiKey = "none"): Promise<StartedGateway> => {
   const bus = new MemoryBus()
   const actor = new FakeRequestActor(bus, "test")
   const scope = Effect.runSync(Scope.make())
-  const started = await Effect.runPromise(
-    Scope.provide(gateway({ bus, namespace: "test", host: "127.0.0.1", port: 0, model: servedModel, ready: () => ({ ready: true }), ...options }), scope),
-  )
+  const started = Effect.gen(function* () {
+    const gateway = yield* Gateway.make({ bus, members: () => [], ready: () => ({ ready: true }), ...options })
+    yield* Effect.addFinalizer(() => gateway.close())
+    gateway.switchTo({ id: "test", namespace: options.namespace ?? "test", model: servedModel })
+    yield* gateway.listen({ host: "127.0.0.1", port: 0, ...options })
+    return gateway
+  })
+  const gateway = await Effect.runPromise(Scope.provide(started, scope))
   let closing: Promise<void> | undefined
   return {
-    ...started,
+    ...gateway.address!,
+    gateway,
     bus,
     actor,
-    client: new OpenAI({ baseURL: `${started.url}/v1`, apiKey, maxRetries: 0 }),
+    client: new OpenAI({ baseURL: `${gateway.address!.url}/v1`, apiKey, maxRetries: 0 }),
     post: (path, body, headers = {}) =>
-      fetch(started.url + path, { method: "POST", headers: { "content-type": "application/json", ...headers }, body: typeof body === "string" ? body : JSON.stringify(body) }),
+      fetch(gateway.address!.url + path, { method: "POST", headers: { "content-type": "application/json", ...headers }, body: typeof body === "string" ? body : JSON.stringify(body) }),
     close: () => (closing ??= Effect.runPromise(Scope.close(scope, Exit.void))),
   }
 }

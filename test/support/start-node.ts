@@ -5,11 +5,23 @@ import { join } from "node:path"
 import { Effect, Exit, Scope } from "effect"
 import { loadTopology } from "../../config/load-topology.ts"
 import type { Topology } from "../../config/topology.ts"
-import { serve, type Serving } from "../../gateway/up.ts"
+import type { Bus } from "../../actors/runtime/bus.ts"
+import type { RunningWorker } from "../../actors/node/worker.ts"
+import type { Reconciler } from "../../actors/node/reconciler.ts"
+import { serve } from "../../gateway/serve.ts"
 import { writeTinyModel, type TinyModelOptions } from "./tiny-model.ts"
 
-export interface StartedNode extends Serving {
+export interface StartedNode {
+  readonly url: string
+  readonly port: number
   readonly modelName: string
+  readonly topology: Topology
+  readonly bus: Bus
+  /** Where the actors speak that new requests go to. */
+  readonly namespace: string
+  /** Of those, the workers in this process, by name; one that is being restarted is the last one that ran. */
+  readonly workers: ReadonlyMap<string, RunningWorker>
+  readonly reconciler: Reconciler
   stop(): Promise<void>
 }
 
@@ -38,8 +50,29 @@ export const startNode = async (options: StartNodeOptions = {}): Promise<Started
     rmSync(folder, { recursive: true, force: true })
   }
   try {
-    const running = await Effect.runPromise(Scope.provide(serve({ topology: options.change?.(topology) ?? topology, model }), scope))
-    return { ...running, modelName: model.name, stop }
+    const served = options.change?.(topology) ?? topology
+    const running = await Effect.runPromise(Scope.provide(serve({ topology: served, model }), scope))
+    const { bus, reconciler, hosting, generations } = running
+    const generation = () => reconciler.actual.generation!.id
+    return {
+      bus,
+      reconciler,
+      topology: served,
+      modelName: model.name,
+      get url() {
+        return running.url
+      },
+      get port() {
+        return running.port
+      },
+      get namespace() {
+        return generations.get(generation())!.namespace
+      },
+      get workers() {
+        return hosting.workers(generation())
+      },
+      stop,
+    }
   } catch (error) {
     await stop()
     throw error

@@ -157,7 +157,8 @@ inline __m256i factor_of_half(__m256i pairs, int half) {
 
 // R rows x 16 outputs.
 template <class Weights, int R>
-void tile(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_stride) {
+void tile(const uint8_t* panel, int blocks, const Rows& from, float* out, size_t out_stride) {
+  const Rows rows = from;
   constexpr BlockFormat kFormat = Weights::kFormat;
   constexpr int C = Weights::kColumns;
   constexpr int kSteps = kFormat.bits == 8 ? 1 : 128 >> kFormat.bits;  // that 16 bits hold
@@ -229,13 +230,17 @@ void tile(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_st
   }
 }
 
-// All rows of the input, four at a time.
+// All rows of the input, four at a time; each four fetch their share of what is `ahead`.
 template <class Weights>
-void in_fours(const uint8_t* panel, int blocks, const LinearInput& input, float* out, size_t out_stride) {
-  using Tile = void (*)(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_stride);
+void in_fours(const uint8_t* panel, int blocks, const LinearInput& input, float* out, size_t out_stride, const uint8_t* ahead,
+              size_t ahead_bytes) {
+  const size_t share = ahead_bytes * 4 / input.rows;
+  using Tile = void (*)(const uint8_t* panel, int blocks, const Rows& rows, float* out, size_t out_stride);
   constexpr Tile kTiles[4] = {tile<Weights, 1>, tile<Weights, 2>, tile<Weights, 3>, tile<Weights, 4>};
   for (int row = 0; row < input.rows; row += 4) {
     const int count = input.rows - row < 4 ? input.rows - row : 4;
+    for (size_t i = 0; i < share; i += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T1);
+    ahead += share;
     const size_t block_row = row * input.block_stride;
     const Rows rows = {input.values + row * input.value_stride,
                        input.value_stride,
@@ -252,10 +257,12 @@ void quantised_panel(const uint8_t* panel, int blocks, const LinearInput& input,
   if constexpr (kFormat.bits != 8) {  // which are bytes already
     if (input.rows >= kUnpackRows) {
       unpack<kFormat>(panel, blocks, scratch);
-      return in_fours<Unpacked<kFormat>>(scratch, blocks, input, out, out_stride);
+      // The next panel comes from memory while this one is multiplied.
+      const size_t bytes = blocks / kFormat.record_blocks() * kFormat.record_bytes();
+      return in_fours<Unpacked<kFormat>>(scratch, blocks, input, out, out_stride, panel + bytes, bytes);
     }
   }
-  in_fours<Packed<kFormat>>(panel, blocks, input, out, out_stride);
+  in_fours<Packed<kFormat>>(panel, blocks, input, out, out_stride, nullptr, 0);
 }
 
 struct Bfloat {

@@ -13,9 +13,12 @@ static inline void weigh(float* scores /* [kTileTokens] */, int visible, int tok
   const int padded = (tokens + kGroupTokens - 1) / kGroupTokens * kGroupTokens;
   __m256 greatest = lowest;
   for (int t = 0; t < padded; t += 8) {
-    const __m256 seen = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(visible - t), index));
-    const __m256 s = _mm256_blendv_ps(lowest, _mm256_loadu_ps(scores + t), seen);
-    _mm256_storeu_ps(scores + t, s);
+    __m256 s = _mm256_loadu_ps(scores + t);
+    if (t + 8 > visible) {
+      const __m256 seen = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(visible - t), index));
+      s = _mm256_blendv_ps(lowest, s, seen);
+      _mm256_storeu_ps(scores + t, s);
+    }
     greatest = _mm256_max_ps(s, greatest);
   }
   const float max = max8(greatest);

@@ -193,7 +193,10 @@ export class Reconciler {
       if (left.length > 0) return end("failed", `still to do: ${left.map(describe).join("; ")}`)
       yield* this.#options.generations.keep(new Set(this.actual.components.map(({ generation }) => generation)))
       const current = target.system.generation === undefined ? undefined : this.#options.generations.get(target.system.generation.id)
-      if (current !== undefined) this.#options.front.switchTo(current)
+      if (current !== undefined) {
+        this.#options.hosting.follow(current.id, target.wanted)
+        this.#options.front.switchTo(current) // its name or its context may be another
+      }
       return end("done")
     })
   }

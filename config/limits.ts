@@ -27,6 +27,8 @@ export const limits = {
   busPingIntervalMs: 3_000,
   /** Time that closing a bus may take to deliver what is on its way. */
   busDrainDeadlineMs: 1_000,
+  /** Subjects that a NATS server has refused to take from this process and that are remembered, so that it is not asked again. */
+  busRefusedSubjects: 256,
   /** Longest wait for a spawned nats-server to listen. */
   natsServerStartDeadlineMs: 10_000,
   /** Time that a nats-server has to end before it is killed. */

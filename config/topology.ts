@@ -4,7 +4,8 @@ import { autoOr, bytes, distinctiveKey, duration, exactly, field, integer, key, 
 import { limits } from "./limits.ts"
 import { modelNames } from "./models.ts"
 
-const namePattern = /^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$/
+/** Of clusters, workers and stores: a token of a NATS subject. */
+export const namePattern = /^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$/
 
 const name = text("a name of letters, digits, - and _ (at most 63)", namePattern)
 
@@ -46,17 +47,20 @@ const natsUrl = field({
 /** Of these at most one is said. */
 export const natsSecrets = ["credentials", "nkey", "token"] as const
 
+/** Of what each kind of process may have its own. */
+const pathOfRole = text("the path of a file; {role} in it is gateway, request, scheduler, worker, kv-store or node", /^(?=.)([^{}]|\{role\})*$/)
+
 const tls = Schema.Struct({
   ca: optionalKey("PEM file of authorities that are trusted beside the system's.", path),
-  cert: optionalKey("PEM file of the certificate that Penstock shows the server; it needs `key`.", path),
-  key: optionalKey("PEM file of that certificate's key; it needs `cert`.", path)
+  cert: optionalKey("PEM file of the certificate that Penstock shows the server; it needs `key`.", pathOfRole),
+  key: optionalKey("PEM file of that certificate's key; it needs `cert`.", pathOfRole)
 }).annotate({ json: { dependencies: { cert: ["key"], key: ["cert"] } } })
 
 const natsServer = Schema.Struct({
   url: distinctiveKey("Address of a NATS server of your own.", natsUrl),
-  credentials: optionalKey("A `.creds` file to log in with.", path),
-  nkey: optionalKey("A file that holds the seed of an nkey to log in with.", path),
-  token: optionalKey("A file that holds a token to log in with.", path),
+  credentials: optionalKey("A `.creds` file to log in with.", pathOfRole),
+  nkey: optionalKey("A file that holds the seed of an nkey to log in with.", pathOfRole),
+  token: optionalKey("A file that holds a token to log in with.", pathOfRole),
   tls: optionalKey("Files of a connection over TLS.", tls)
 }).annotate({ json: { allOf: natsSecrets.flatMap((one, index) => natsSecrets.slice(index + 1).map((other) => ({ not: { required: [one, other] } }))) } })
 
@@ -85,6 +89,13 @@ export const resolveBus = (written: Bus, base: string): Bus => {
       tls: files === undefined ? undefined : { ca: from(files.ca), cert: from(files.cert), key: from(files.key) },
     },
   }
+}
+
+/** The same with the files of one kind of process, whose name takes the place of `{role}`. */
+export const natsOfRole = (nats: NatsAddress, role: string): NatsAddress => {
+  const of = (file: string | undefined) => file?.replaceAll("{role}", role)
+  const { url, credentials, nkey, token, tls: files } = nats
+  return { url, credentials: of(credentials), nkey: of(nkey), token: of(token), tls: files === undefined ? undefined : { ca: files.ca, cert: of(files.cert), key: of(files.key) } }
 }
 
 /** The roles a worker can have. */

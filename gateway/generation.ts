@@ -1,6 +1,6 @@
 /**
- * One prompt's generation as the gateway reads it: a stream of events that survives a request actor which fails before
- * its first token, ends with a Fault where it cannot, and never outlives the request's deadline.
+ * One prompt's generation as the gateway reads it: a stream of events that survives the request actor it had, goes on with
+ * another from what was delivered, ends with a Fault where it cannot, and never outlives the request's deadline.
  */
 import { limits } from "../config/limits.ts"
 import { decodeGenerateEvent, type FinishReason, type GenerateEvent, type GenerateMessage } from "../actors/messages/request.ts"
@@ -34,6 +34,8 @@ export class Generation {
   #attempt = 0
   #failures = 0
   #moves = 0
+  #faults = 0 // since the last event
+  #failingSinceMs: number | undefined
   #prompted = false
   #scores = { delivered: 0, ofAttempt: 0 } // prompt tokens
   #done = false
@@ -60,17 +62,10 @@ export class Generation {
           clearTimeout(this.#deadline)
           return undefined
         }
-        const event = decodeGenerateEvent(frame)
-        if (event.type === "prompt" && this.#prompted) continue // of a later attempt
-        if (event.type === "prompt") this.#prompted = true
-        else if (event.type === "scores") {
-          const fresh = event.logprobs.slice(Math.max(0, this.#scores.delivered - this.#scores.ofAttempt))
-          this.#scores.ofAttempt += event.logprobs.length
-          this.#scores.delivered += fresh.length
-          if (fresh.length === 0) continue
-          return { ...event, logprobs: fresh }
-        } else if (event.type === "delta") this.#delivered[event.choice]?.push(...event.tokens)
-        else if (event.type === "done") this.#done = true
+        const event = this.#fresh(decodeGenerateEvent(frame))
+        if (event === undefined) continue
+        this.#faults = 0
+        this.#failingSinceMs = undefined
         return event
       } catch (error) {
         await this.#resume(Fault.from(error, "request"))
@@ -85,13 +80,35 @@ export class Generation {
     this.#reader.cancel(fault.message)
   }
 
+  /** What is new to the client of an event, as a later attempt says again what was said before; undefined: nothing. */
+  #fresh(event: GenerateEvent): GenerateEvent | undefined {
+    if (event.type === "delta") this.#delivered[event.choice]?.push(...event.tokens)
+    else if (event.type === "done") this.#done = true
+    else if (event.type === "prompt") {
+      if (this.#prompted) return undefined
+      this.#prompted = true
+    } else {
+      const logprobs = event.logprobs.slice(Math.max(0, this.#scores.delivered - this.#scores.ofAttempt))
+      this.#scores.ofAttempt += event.logprobs.length
+      this.#scores.delivered += logprobs.length
+      return logprobs.length === 0 ? undefined : { ...event, logprobs }
+    }
+    return event
+  }
+
   /** Goes on with another request actor, from what was delivered: at once where it was given back, else after a while. */
   async #resume(fault: Fault): Promise<void> {
+    const nowMs = performance.now()
+    this.#failingSinceMs ??= nowMs
     const isMove = isGivenBack(fault) && this.#moves < limits.movesPerRequest
-    const waitMs = isMove ? 0 : limits.generateRetryDelayMs * 2 ** this.#failures
-    const leftMs = this.#deadlineAtMs - performance.now() - waitMs
+    // Where nobody serves now what has begun, the only request actor may be on its way back: that costs time, but none of the attempts.
+    const isWait = fault.code === "unavailable" && (this.#prompted || this.#moves > 0) && nowMs - this.#failingSinceMs < limits.recoveryDeadlineMs
+    const backOffMs = limits.generateRetryDelayMs * 2 ** this.#faults
+    const waitMs = isMove && this.#faults === 0 ? 0 : isMove || isWait ? Math.min(backOffMs, limits.heartbeatIntervalMs) : backOffMs
+    const leftMs = this.#deadlineAtMs - nowMs - waitMs
+    this.#faults++
     if (isMove) this.#moves++
-    else this.#failures++
+    else if (!isWait) this.#failures++
     if (this.#stopped !== undefined || !isResumable(fault) || this.#failures >= limits.generateAttempts || leftMs <= 0) {
       clearTimeout(this.#deadline)
       throw this.#stopped ?? fault

@@ -1,5 +1,6 @@
 /** The command line: reads flags, prints one clear line for what is wrong, and leaves the work to others. */
 import { readFileSync } from "node:fs"
+import { resolve } from "node:path"
 import { fileURLToPath } from "node:url"
 import { parseArgs } from "node:util"
 import { ConfigError } from "../config/config-error.ts"
@@ -16,6 +17,8 @@ const usage = `Usage: npm run -s penstock -- COMMAND
   status [--url URL] [--json]                         what is wanted, what runs, and what has changed
   drain WORKER [--undo] [--url URL] [--json]          give away what a worker does, without stopping it
   pull MODEL                                          fetch a model and print its path
+  nats-permissions [--cluster NAME] [--keys FOLDER] [--json]
+                                                      print users for a NATS server's configuration, one for each kind of process
   bench bus|kv [--json]                               measure the bus, or what moving KV costs
   bench kernels [--model MODEL] [--vs llama.cpp|openvino] [--text FILE] [--json]
                                                       measure the native engine, beside another where --vs names one
@@ -54,6 +57,8 @@ const parse = (args: ReadonlyArray<string>) => {
         vs: { type: "string" },
         text: { type: "string" },
         turns: { type: "string" },
+        cluster: { type: "string" },
+        keys: { type: "string" },
         url: { type: "string" },
         "dry-run": { type: "boolean" },
         undo: { type: "boolean" },
@@ -84,6 +89,14 @@ const pull = async (models: ReadonlyArray<string>): Promise<number> => {
   if (name === undefined || models.length > 1) throw new UsageError("pull: expected one model")
   const model = await fetchModel(parseModel(name, process.cwd()), fetchOptions(readEnv()))
   process.stdout.write(`${model.path}\n`)
+  return 0
+}
+
+const natsPermissions = async ({ cluster = "main", keys, json }: ReturnType<typeof parse>["values"]): Promise<number> => {
+  const [{ namePattern }, { natsConfiguration, natsUsers }] = await Promise.all([import("../config/topology.ts"), import("./nats-permissions.ts")])
+  if (!namePattern.test(cluster)) throw new UsageError(`--cluster: expected a name of letters, digits, - and _ (at most 63), found "${cluster}"`)
+  const options = { cluster, keys: keys === undefined ? undefined : resolve(keys) }
+  process.stdout.write(json === true ? `${JSON.stringify({ cluster, users: natsUsers(options) })}\n` : natsConfiguration(options))
   return 0
 }
 
@@ -142,6 +155,9 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
       return runBench(rest, values)
     case "up":
       return up(rest, values)
+    case "nats-permissions":
+      if (rest.length > 0) throw new UsageError("nats-permissions: expected options only")
+      return natsPermissions(values)
     case "pull":
       return pull(rest)
     case undefined:
@@ -156,10 +172,12 @@ const flags: Readonly<Record<Exclude<keyof ReturnType<typeof parse>["values"], "
   topology: ["up", "bench"],
   host: ["up"],
   port: ["up"],
-  json: ["apply", "status", "drain", "bench"],
+  json: ["apply", "status", "drain", "bench", "nats-permissions"],
   url: ["apply", "status", "drain"],
   "dry-run": ["apply"],
   undo: ["drain"],
+  cluster: ["nats-permissions"],
+  keys: ["nats-permissions"],
   turns: ["bench"],
   model: ["bench"],
   vs: ["bench"],

@@ -29,8 +29,11 @@ export const transferSubject = (namespace: string, transferId: string, verb: "ch
 /** Where every process says what serves in it. */
 export const presenceSubject = (namespace: string): string => `ps.${namespace}.presence`
 
-/** Processes by what runs in them: what a user of NATS is made for. A worker has prefill, decode or both, and may change. */
-export const processKinds = ["gateway", "request", "scheduler", "worker", "kv-store"] as const
+/**
+ * Processes by what runs in them: what a user of NATS is made for. A worker has prefill, decode or both, and may change. A
+ * gateway's process is that of `up`, where any actor may be embedded beside it; a node is the agent of a machine.
+ */
+export const processKinds = ["gateway", "request", "scheduler", "worker", "kv-store", "node"] as const
 export type ProcessKind = (typeof processKinds)[number]
 
 /**
@@ -41,6 +44,9 @@ export const inboxPrefix = (namespace: string, kind: ProcessKind, id: string): s
 
 /** Who runs an actor. */
 const processOf: Readonly<Record<ActorKind, ProcessKind>> = { request: "request", scheduler: "scheduler", worker: "worker", prefill: "worker", decode: "worker", "kv-store": "kv-store" }
+
+/** The bucket of JetStream that a cluster's wanted topology is kept in. */
+export const topologyBucket = (cluster: string): string => `penstock-${cluster}`
 
 interface Conversation {
   readonly from: ProcessKind
@@ -55,6 +61,9 @@ const conversations: ReadonlyArray<Conversation> = [
   { from: "gateway", to: "request", verbs: verbs(Generate, EndConversation, Tokenize, Detokenize, Drain) },
   { from: "gateway", to: "worker", verbs: verbs(Configure, Drain) },
   { from: "gateway", to: "scheduler", verbs: verbs(ConfigureScheduler) },
+  { from: "node", to: "request", verbs: verbs(Drain) },
+  { from: "node", to: "worker", verbs: verbs(Configure, Drain) },
+  { from: "node", to: "scheduler", verbs: verbs(ConfigureScheduler) },
   { from: "request", to: "scheduler", verbs: verbs(Place, Prefilled, Release) },
   { from: "request", to: "decode", verbs: verbs(Reserve, Finish) },
   { from: "request", to: "prefill", verbs: verbs(Prefill) },
@@ -69,6 +78,9 @@ const conversations: ReadonlyArray<Conversation> = [
 /** Who moves KV: transfers have subjects of their own, and each of these may be at either end. */
 const movesKv: ReadonlySet<ProcessKind> = new Set(["worker", "kv-store"])
 
+/** What may run in a process of a kind. */
+const runs = (kind: ProcessKind): ReadonlyArray<ProcessKind> => (kind === "gateway" ? processKinds.filter((other) => other !== "node") : [kind])
+
 export interface Permissions {
   readonly publish: ReadonlyArray<string>
   readonly subscribe: ReadonlyArray<string>
@@ -80,21 +92,27 @@ export interface Permissions {
  */
 export const permissions = (cluster: string, kind: ProcessKind, id = "*"): Permissions => {
   const namespace = namespaceOf(cluster, "*")
-  const begins = conversations.filter(({ from }) => from === kind)
-  const partners = conversations.flatMap(({ from, to }) => (from === kind ? [processOf[to]] : processOf[to] === kind ? [from] : []))
-  const transfers = movesKv.has(kind) ? (["chunk", "progress", "status"] as const).map((verb) => transferSubject(namespace, "*", verb)) : []
+  const mine = runs(kind)
+  const begins = conversations.filter(({ from }) => mine.includes(from))
+  // Whoever speaks to an actor may find it embedded beside the gateway.
+  const partners = conversations.flatMap(({ from, to }) => [...(mine.includes(from) ? [processOf[to]] : []), ...(mine.includes(processOf[to]) ? [from] : []), "gateway" as const])
+  const transfers = mine.some((own) => movesKv.has(own)) ? (["chunk", "progress", "status"] as const).map((verb) => transferSubject(namespace, "*", verb)) : []
+  // The agents of machines agree over JetStream, which answers to an inbox as everybody does.
+  const agreed = kind === "node" ? ["$JS.API.>", `$JS.FC.KV_${topologyBucket(cluster)}.>`, `$KV.${topologyBucket(cluster)}.>`] : []
+  const unique = (subjects: ReadonlyArray<string>) => [...new Set(subjects)]
   return {
-    publish: [
+    publish: unique([
       ...begins.flatMap(({ to, verbs }) => verbs.map((verb) => subject(namespace, to, "*", verb))),
-      ...[...new Set(partners)].map((partner) => `${inboxPrefix(namespace, partner, "*")}.>`),
+      ...partners.map((partner) => `${inboxPrefix(namespace, partner, "*")}.>`),
       ...transfers,
-      ...(kind === "gateway" ? [] : [presenceSubject(namespace)]),
-    ],
-    subscribe: [
-      ...actorKinds.filter((actor) => processOf[actor] === kind).flatMap((actor) => [...new Set([id, anyId])].map((at) => subject(namespace, actor, at, "*"))),
+      ...(kind === "node" ? [] : [presenceSubject(namespace)]),
+      ...agreed,
+    ]),
+    subscribe: unique([
+      ...actorKinds.filter((actor) => mine.includes(processOf[actor])).flatMap((actor) => (kind === "gateway" || id === "*" ? ["*"] : [id, anyId]).map((at) => subject(namespace, actor, at, "*"))),
       `${inboxPrefix(namespace, kind, id)}.>`,
       ...transfers,
       presenceSubject(namespace), // who serves
-    ],
+    ]),
   }
 }

@@ -3,7 +3,7 @@
  * are alone or joined to the processes of others over NATS.
  */
 import { Effect, type Scope } from "effect"
-import type { NatsAddress } from "../../config/topology.ts"
+import { natsOfRole, type NatsAddress } from "../../config/topology.ts"
 import { everyGeneration, inboxPrefix, namespaceOf } from "../messages/subjects.ts"
 import { BridgeBus } from "../runtime/bridge-bus.ts"
 import type { Buses } from "../runtime/bus.ts"
@@ -31,7 +31,7 @@ export const joinNats = (buses: BridgeBuses, cluster: string, nats: NatsAddress)
   Effect.gen(function* () {
     const attempt = <A>(run: () => Promise<A>) => Effect.tryPromise({ try: run, catch: (error) => new WorkerError(error instanceof Error ? error.message : String(error)) })
     const uplinks = yield* Effect.acquireRelease(
-      attempt(() => connectBuses({ ...nats, name: "gateway g0", inboxPrefix: inboxes(cluster) })),
+      attempt(() => connectBuses({ ...natsOfRole(nats, "gateway"), name: "gateway g0", inboxPrefix: inboxes(cluster) })),
       ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])),
     )
     yield* Effect.addFinalizer(() => Effect.promise(() => both(buses, (bus) => bus.detach())))

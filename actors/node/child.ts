@@ -6,6 +6,7 @@ import { setTimeout as setTimeoutPromise } from "node:timers/promises"
 import { Deferred, Effect } from "effect"
 import { readEnv } from "../../config/env.ts"
 import { limits } from "../../config/limits.ts"
+import { natsOfRole } from "../../config/topology.ts"
 import { inboxPrefix } from "../messages/subjects.ts"
 import { connectBuses } from "../runtime/nats-bus.ts"
 import { telemetry } from "../runtime/telemetry.ts"
@@ -40,7 +41,7 @@ const run = async ({ component, topology, model, namespace, nats }: ChildOrder):
   const program = Effect.gen(function* () {
     const prefix = inboxPrefix(namespace, component.kind, component.id)
     const buses = yield* Effect.acquireRelease(
-      Effect.tryPromise({ try: () => connectBuses({ ...nats, name, inboxPrefix: prefix }), catch: (error) => error as Error }),
+      Effect.tryPromise({ try: () => connectBuses({ ...natsOfRole(nats, component.kind), name, inboxPrefix: prefix }), catch: (error) => error as Error }),
       ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])),
     )
     let blocks: number | undefined

@@ -20,6 +20,8 @@ export interface NatsBusOptions extends NatsAddress {
 }
 
 const noBytes = new Uint8Array(0)
+const remedy = "`penstock nats-permissions` prints what each kind of process needs"
+const notAllowed = `the NATS server does not allow this process to; ${remedy}`
 const literalSubject = /^[^\s.*>]+(\.[^\s.*>]+)*$/
 
 export class NatsBus implements Bus {
@@ -36,6 +38,8 @@ export class NatsBus implements Bus {
   #closing: Promise<void> | undefined
   #refusedInbox: Error | undefined
   #lastComplaint = ""
+  /** What the server has refused to take from this process, the newest last. */
+  readonly #refused = new Set<string>()
   /** Bytes published that the server has not confirmed to have read, and those of them that it was not asked about yet. */
   #pendingBytes = 0
   #unaskedBytes = 0
@@ -84,6 +88,8 @@ export class NatsBus implements Bus {
     if (bytes > this.maxPayloadBytes) throw refusal("invalid_request", subject, `${bytes} bytes are over the bus's limit of ${this.maxPayloadBytes}`)
     // The client would take it, and forget it when it connects again.
     if (!this.connected) throw refusal("disconnected", subject, "there is no connection to the NATS server")
+    // The server drops it, and who waits for an answer would wait for his deadline.
+    if (this.#refused.size > 0 && this.#refused.has(subject)) throw refusal("unavailable", subject, notAllowed)
     const cost = bytes + messageBytes + subject.length + (reply?.length ?? 0)
     if (this.#pendingBytes + cost > limits.busPendingBytes) throw refusal("overloaded", subject, `${this.#pendingBytes} bytes wait for the NATS server already`)
     try {
@@ -206,13 +212,19 @@ export class NatsBus implements Bus {
   #found(): void {
     if (this.#state !== "disconnected") return
     this.#state = "connected"
+    this.#refused.clear() // a server says anew what its users may
     this.#backoff.reset()
     callAll(this.#reconnectHandlers)
   }
 
-  /** What is not allowed fails silently for whoever tried, so it is said here, once in a row. */
+  /** What is not allowed fails silently for whoever tried first, so it is said here, once in a row. */
   #complain(error: Error): void {
-    const what = error instanceof PermissionViolationError ? `this process may not ${error.operation === "publish" ? "publish" : "subscribe"} to ${error.subject}` : error.message
+    const refused = error instanceof PermissionViolationError ? error : undefined
+    if (refused?.operation === "publish") {
+      this.#refused.add(refused.subject)
+      for (const oldest of this.#refused) if (this.#refused.size > limits.busRefusedSubjects) this.#refused.delete(oldest)
+    }
+    const what = refused === undefined ? error.message : `this process may not ${refused.operation === "publish" ? "publish" : "subscribe"} to ${refused.subject}; ${remedy}`
     if (what !== this.#lastComplaint && this.#state === "connected") console.error(`bus nats: the server says: ${what}`)
     this.#lastComplaint = what
   }

@@ -11,7 +11,7 @@ import { bufferSink, bufferSource } from "../../actors/kv-store/block-buffers.ts
 import { kvStoreActor } from "../../actors/kv-store/kv-store.ts"
 import { packHashes } from "../../actors/messages/hashes.ts"
 import { Get, Put } from "../../actors/messages/kv-store.ts"
-import { everyGeneration, inboxPrefix, namespaceOf, permissions, processKinds, subject, type ProcessKind } from "../../actors/messages/subjects.ts"
+import { everyGeneration, inboxPrefix, namespaceOf, permissions, topologyBucket, processKinds, subject, type ProcessKind } from "../../actors/messages/subjects.ts"
 import { header, type Bus } from "../../actors/runtime/bus.ts"
 import { defineAsk } from "../../actors/runtime/codec.ts"
 import { Fault } from "../../actors/runtime/fault.ts"
@@ -26,6 +26,7 @@ import { limits } from "../../config/limits.ts"
 import type { NatsAddress } from "../../config/topology.ts"
 import { busConformance, Received } from "../support/bus-conformance.ts"
 import { testScope } from "../support/scoped.ts"
+import { natsAccount } from "../support/nats-credentials.ts"
 import { natsStartTimeoutMs, startConfiguredNats, startNats, type StartedNats } from "../support/start-nats.ts"
 import { tcpProxy } from "../support/tcp-proxy.ts"
 
@@ -376,9 +377,27 @@ describe("permissions by role", () => {
     await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringContaining(`may not subscribe to ${inbox}`)))
 
     expect(await refusalOf(as("kv-store", "gateway"))).toContain("let its user subscribe to ps.test.0a.inbox.gateway.x0.>")
-    // Nor may it ask for what its role does not ask for.
-    gateway.publish(subject(namespace, "scheduler", "any", "place"), new Uint8Array(0))
-    await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringContaining("may not publish to ps.test.0a.scheduler.any.place")))
+  })
+
+  test("a worker asks for no placement, changes no topology and reads nobody's answers: it is told so, and is refused at once from then on", async () => {
+    const complaint = vi.spyOn(console, "error").mockImplementation(() => {})
+    cleanUps.push(() => complaint.mockRestore())
+    const as = await startWithRoles()
+    const [worker, request] = [await as("worker"), await as("request")]
+    for (const forbidden of [subject(namespace, "scheduler", "any", "place"), subject(namespace, "scheduler", "any", "configure"), subject(namespace, "worker", "d0", "drain"), `$KV.${topologyBucket("test")}.wanted`, "$JS.API.INFO"]) {
+      worker.publish(forbidden, new Uint8Array(0))
+      await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringMatching(/may not publish to .*nats-permissions/)))
+      expect(String(complaint.mock.calls.at(-1))).toContain(forbidden)
+      expect(thrown(() => worker.publish(forbidden, new Uint8Array(0)))).toMatchObject({ code: "unavailable", message: expect.stringMatching(/the NATS server does not allow this process to; .*nats-permissions/) })
+      complaint.mockClear()
+    }
+    const [inbox, spied] = [request.inbox(), new Received()]
+    worker.subscribe(inbox, spied.handler)
+    await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringContaining(`may not subscribe to ${inbox}`)))
+    worker.publish(inbox, new Uint8Array(0)) // it answers requests, so this is its right
+    await worker.flush()
+    expect(spied.deliveries).toEqual([])
+    expect(await refusalOf(as("worker", "request"))).toContain("let its user subscribe to ps.test.0a.inbox.request.x0.>")
   })
 
   test("a gateway asks the actors of two generations, and each answers it", async () => {
@@ -422,6 +441,29 @@ describe("permissions by role", () => {
     await receiver.done
     receiver.close()
     expect(Buffer.from(got).equals(block)).toBe(true)
+  })
+
+  test("a .creds file says who a process is and what it may", async () => {
+    const complaint = vi.spyOn(console, "error").mockImplementation(() => {})
+    cleanUps.push(() => complaint.mockRestore())
+    const account = natsAccount()
+    const server = await startConfiguredNats(account.configuration)
+    cleanUps.push(() => server.stop())
+    const as = (kind: ProcessKind) => {
+      const credentials = join(folder, `${kind}.creds`)
+      writeFileSync(credentials, account.credentials(permissions("test", kind)), { mode: 0o600 })
+      return connect({ url: server.url, credentials, inboxPrefix: inboxPrefix(namespace, kind, "x0") })
+    }
+    const [gateway, request] = [await as("gateway"), await as("request")]
+    const tokenize = subject(namespace, "request", "any", "tokenize")
+    request.subscribe(tokenize, ({ reply }) => new Link(request, "request r0", 1).reply(Double, reply!, { value: 7 }), { queue: "request" })
+    await request.flush()
+    expect(await Effect.runPromise(new Link(gateway, "gateway", 1).ask(Double, tokenize, { value: 0 }, { hop: "request" }))).toEqual({ value: 7 })
+    request.publish(tokenize, new Uint8Array(0))
+    await vi.waitFor(() => expect(complaint).toHaveBeenCalledWith(expect.stringContaining(`may not publish to ${tokenize}`)))
+    const stranger = join(folder, "stranger.creds")
+    writeFileSync(stranger, natsAccount().credentials(permissions("test", "gateway")))
+    expect(await refusalOf(connect({ url: server.url, credentials: stranger }))).toContain("the server refuses what")
   })
 
   test("a process by its own name gets its own subjects only", () => {

@@ -79,6 +79,8 @@ describe("with a collector", () => {
     expect(named(found, spans.requestGenerate).attributes).toMatchObject({ "messaging.system": "memory", "messaging.destination.name": expect.stringMatching(/^ps\.main\.[0-9a-f]{8}\.request\.any\.generate$/), [attributes.placements]: 1, "gen_ai.usage.output_tokens": 40 })
     expect(named(found, spans.schedulerPlace).attributes).toMatchObject({ [attributes.policy]: "cache-aware", [attributes.placedDecode]: "w0", [attributes.placedPrefill]: "w0", [attributes.prefixBlocks]: 0, [attributes.queueWaitMs]: expect.any(Number) })
     expect(named(found, spans.prefillRun).attributes).toMatchObject({ [attributes.worker]: "w0", [attributes.computedTokens]: answer.usage.prompt_tokens, [attributes.cachedTokens]: 0 })
+    const wanted = Math.floor((answer.usage.prompt_tokens - 1) / 16)
+    expect(named(found, spans.kvStoreGet).attributes).toMatchObject({ [attributes.wantedBlocks]: wanted, [attributes.movedBlocks]: 0, [attributes.prefixSource]: "compute", [attributes.prefixComputeMs]: expect.any(Number) })
     // The first token is prefill's.
     expect(named(found, spans.decodeRun).attributes).toMatchObject({ [attributes.worker]: "w0", [attributes.drawnTokens]: 39 })
   })

@@ -221,16 +221,17 @@ describe("two workers with KV between them", () => {
   })
 
   it("stream 16 long prompts at once within the window of each", async () => {
-    const wide: TinyModelOptions = { layers: 8, heads: 8, kvHeads: 8, headDim: 32, context: 1536, seed: 4 }
-    const bytesPerToken = 8 * 2 * 8 * 32 * 2
-    const started = await start({ tiny: wide, blocks: 4 * 96, delayMs: 40, seed: 12, faultsOf: (to) => (transferVerb(to) === undefined ? undefined : { delay: 1 }) })
+    // Much KV for little computing.
+    const wide: TinyModelOptions = { layers: 8, heads: 8, kvHeads: 8, headDim: 128, seed: 4 }
+    const bytesPerToken = 8 * 2 * 8 * 128 * 2
+    const started = await start({ tiny: wide, blocks: 4 * 20, stores: 0, delayMs: 1, seed: 12, faultsOf: (to) => (transferVerb(to) === undefined ? undefined : { delay: 1 }) })
     const { listeners } = started.bus
-    const prompts = Array.from({ length: 16 }, () => promptOf(1400))
-    expect(1400 * bytesPerToken).toBeGreaterThan(limits.kvWindowBytes)
+    const prompts = Array.from({ length: 16 }, () => promptOf(300))
+    expect(300 * bytesPerToken).toBeGreaterThan(limits.kvWindowBytes)
     const answers = await Promise.all(prompts.map((prompt) => started.cluster.generate({ prompt, maxTokens: 4 })))
     expect(answers.every(({ tokens }) => tokens[0]!.length === 4)).toBe(true)
     const peaks = [...started.bus.peakBytes].filter(([to]) => transferVerb(to) === "chunk").map(([, bytes]) => bytes)
-    expect(peaks.length).toBeGreaterThanOrEqual(16) // those to the KV store come on top
+    expect(peaks).toHaveLength(16)
     expect(Math.max(...peaks)).toBeGreaterThan(limits.kvChunkBytes)
     expect(Math.max(...peaks)).toBeLessThanOrEqual(limits.kvWindowBytes)
     expect(started.decode.worker.totals.fallbacks).toBe(0)
@@ -240,7 +241,7 @@ describe("two workers with KV between them", () => {
 
 describe("the disaggregated topology whose nats-server is killed while KV is on its way", () => {
   const tiny: TinyModelOptions = { layers: 4, hidden: 128, ffn: 256, context: 2048 }
-  const requests = Array.from({ length: 6 }, (_, i) => ({ prompt: promptOf(600 + 200 * i), max_tokens: 60, ignore_eos: true, temperature: 1, seed: i }))
+  const requests = Array.from({ length: 6 }, (_, i) => ({ prompt: promptOf(400 + 200 * i), max_tokens: 40, ignore_eos: true, temperature: 1, seed: i }))
   let expected: ReadonlyArray<Awaited<ReturnType<typeof streamCompletion>>>
   let nats: Awaited<ReturnType<typeof startNats>>
   let node: Awaited<ReturnType<typeof startNode>>
@@ -265,7 +266,7 @@ describe("the disaggregated topology whose nats-server is killed while KV is on 
   }
 
   it("gives the same tokens, or an error that names the hop, and frees every block", async () => {
-    for (const afterMs of [50, 200, 450]) {
+    for (const afterMs of [50, 250]) {
       const running = requests.map((request) => streamCompletion(node, request).catch((error: Error) => error))
       await new Promise((resolve) => setTimeout(resolve, afterMs))
       const { pid } = nats.server
@@ -276,9 +277,9 @@ describe("the disaggregated topology whose nats-server is killed while KV is on 
         else expect(answer).toEqual(expected[i])
       })
       await until(async () => nats.server.pid !== pid && (await workers()).length === 2)
-      await Promise.all(requests.map((request) => streamCompletion(node, request).catch(() => undefined)))
+      await Promise.all(requests.slice(0, 2).map((request) => streamCompletion(node, request).catch(() => undefined)))
       await until(async () => (await workers()).every(({ load, kv }) => load.sequences + load.waiting === 0 && kv.freeBlocks === kv.blocks))
     }
     expect(await Promise.all(requests.map((request) => streamCompletion(node, request)))).toEqual(expected)
-  })
+  }, 120_000)
 })

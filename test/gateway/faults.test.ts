@@ -4,6 +4,7 @@ import { header } from "../../actors/runtime/bus.ts"
 import { Fault, type FaultCode } from "../../actors/runtime/fault.ts"
 import { limits } from "../../config/limits.ts"
 import type { ErrorBody } from "../../gateway/errors.ts"
+import { scored } from "../support/fake-request-actor.ts"
 import { sseEvents, startGateway, type StartedGateway } from "../support/start-gateway.ts"
 
 let server: StartedGateway
@@ -112,6 +113,41 @@ describe("a fault that may be retried", () => {
     const response = await server.post("/v1/chat/completions", { ...chat, return_token_ids: true })
     expect(await response.json()).toMatchObject({ choices: [{ message: { content: "one two three" }, token_ids: [11, 12, 13], finish_reason: "stop" }] })
     expect([...unpackTokens(server.actor.last.message.delivered[0]!, "delivered")]).toEqual([11, 12])
+  })
+
+  it.each(["moved", "stale"] as const)("%s: what is given back goes on elsewhere, more often than what fails, and no score of the prompt comes twice", async (code) => {
+    const moves = 3 * limits.generateAttempts
+    const prompt = [3, 4, 5, 6]
+    server.actor.script = (generation) => {
+      const { attempt } = generation.message
+      generation.prompt(prompt, "the prompt")
+      // Each attempt scores the prompt from the beginning, and the first ones not to its end.
+      prompt.slice(0, 1 + attempt).forEach((token, i) => generation.send({ type: "scores", logprobs: [{ ...scored(token, `s${i}`, 0), logprob: i === 0 ? null : -i }] }))
+      if (attempt >= 3) generation.delta(0, `${attempt} `, [100 + attempt], attempt === moves ? "stop" : undefined)
+      if (attempt < moves) generation.fail(code, "given back", { hop: "request fake" })
+      else generation.done(4, moves)
+    }
+    const response = await server.post("/v1/completions", { model: "tiny", prompt, echo: true, logprobs: 0, max_tokens: 99, return_token_ids: true })
+    const [choice] = ((await response.json()) as { choices: Array<{ token_ids: Array<number>; logprobs: { token_logprobs: Array<number | null> } }> }).choices
+    expect(choice!.token_ids.slice(-(moves - 2))).toEqual(Array.from({ length: moves - 2 }, (_, i) => 103 + i))
+    expect(choice!.logprobs.token_logprobs.slice(0, 4)).toEqual([null, -1, -2, -3])
+    expect(choice!.logprobs.token_logprobs).toHaveLength(4 + moves - 2)
+    expect(server.actor.generations).toHaveLength(moves + 1)
+  })
+
+  it("waits for a request actor to come back where it has begun, longer than where it has not", async () => {
+    server.actor.script = (generation) => {
+      generation.prompt()
+      if (generation.message.attempt === 0) {
+        generation.delta(0, "one ", [11])
+        return generation.fail("moved", "given back", { hop: "request fake" })
+      }
+      if (generation.message.attempt < limits.generateAttempts + 2) return generation.fail("unavailable", "nobody serves it", { hop: "request" })
+      generation.delta(0, "two", [12], "stop")
+      generation.done(3, 2)
+    }
+    const response = await server.post("/v1/chat/completions", { ...chat, return_token_ids: true })
+    expect(await response.json()).toMatchObject({ choices: [{ token_ids: [11, 12] }] })
   })
 
   it("is not retried for ever, nor where it happened behind the request actor, nor when overloaded", async () => {

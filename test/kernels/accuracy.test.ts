@@ -134,9 +134,9 @@ const modelPath = realModelPath()
 
 describe.skipIf(modelPath === undefined)("SmolLM2-135M", () => {
   /** Against the exact forward: positions with the same most likely token, and mean |delta log p|. */
-  const teacherForced = async (kvDtype: KvDtype) => {
+  const teacherForced = async (kvDtype: KvDtype, mostPositions = Number.POSITIVE_INFINITY) => {
     const { tokens, argmax, logprob, llamaCpp } = JSON.parse(readFileSync(new URL("../fixtures/smollm2-teacher-forced.json", import.meta.url), "utf8")) as TeacherForced
-    const positions = tokens.length - 1
+    const positions = Math.min(mostPositions, tokens.length - 1)
     const engine = await Engine.load({ path: modelPath!, blocks: Math.ceil(tokens.length / 16), blockTokens: 16, kvDtype, threads: 2, maxRows: 256, maxOutputs: 256 })
     const sequence = new Sequence(engine)
     let same = 0
@@ -152,9 +152,12 @@ describe.skipIf(modelPath === undefined)("SmolLM2-135M", () => {
     await engine.close()
     return { positions, same, difference: difference / positions, llamaCpp }
   }
+  // Both tests want it, and it takes long.
+  let f16: ReturnType<typeof teacherForced> | undefined
+  const inF16 = () => (f16 ??= teacherForced("f16"))
 
   test("teacher-forced over 2,000 tokens: log p as close to the exact forward's as llama.cpp's, the most likely token as often the same", async () => {
-    const { positions, same, difference, llamaCpp } = await teacherForced("f16")
+    const { positions, same, difference, llamaCpp } = await inF16()
     expect(positions).toBeGreaterThanOrEqual(2000)
     expect(difference).toBeLessThanOrEqual(1.1 * llamaCpp.meanDifference)
     // Measured: 0.0439 against llama.cpp's 0.0529, and 2,229 against 2,233 of 2,289. Both miss only where two tokens are nearly as
@@ -169,8 +172,9 @@ describe.skipIf(modelPath === undefined)("SmolLM2-135M", () => {
    * rounded, int8 is 0.019 from f16 over a page of prose (keys 0.020 by themselves, values 0.006), and int4 0.35.
    */
   test("with KV in int8 it is as near to the exact forward as with f16, within 0.01 on average; int4 is far from it, within 0.4", async () => {
-    const [f16, int8, int4] = [await teacherForced("f16"), await teacherForced("int8"), await teacherForced("int4")]
-    expect(Math.abs(int8.difference - f16.difference)).toBeLessThanOrEqual(0.01)
+    // int4 is so far away that fewer positions show it.
+    const [exactly, int8, int4] = [await inF16(), await teacherForced("int8"), await teacherForced("int4", 512)]
+    expect(Math.abs(int8.difference - exactly.difference)).toBeLessThanOrEqual(0.01)
     expect(int8.same).toBeGreaterThanOrEqual(0.92 * int8.positions)
     expect(int4.difference).toBeLessThanOrEqual(0.4)
     expect(int4.same).toBeGreaterThanOrEqual(0.7 * int4.positions)

@@ -1,9 +1,9 @@
 /**
  * Same bits, whatever the pipeline: the logits of a position depend on the tokens up to it and on nothing else. Every test
- * compares with one run of the reference: alone, in one chunk, on one thread.
+ * compares with one run of the reference: alone and in one chunk. Crowds of random size: random-shapes.test.ts.
  */
 import { mkdtemp, rm } from "node:fs/promises"
-import { tmpdir } from "node:os"
+import { availableParallelism, tmpdir } from "node:os"
 import { join } from "node:path"
 import { afterAll, beforeAll, describe, expect, test } from "vitest"
 import { bestInstructionSet, Engine, instructionSets, type EngineOptions, type InstructionSet, type KvDtype } from "../../kernels/index.ts"
@@ -60,20 +60,28 @@ const withAnyEngine = async <A>(options: Partial<EngineOptions> & { path: string
 
 const blocksFor = (tokens: number, blockTokens: number): number => Math.ceil(tokens / blockTokens)
 
-const invariance = (name: string, length: number, isas: ReadonlyArray<InstructionSet>, path: () => Promise<string>, kvDtype: KvDtype = "f16"): void => {
+const invariance = (name: string, length: number, isas: ReadonlyArray<InstructionSet>, path: () => Promise<string>, { kvDtype = "f16", threads: referenceThreads = 1 }: { readonly kvDtype?: KvDtype; readonly threads?: number } = {}): void => {
   describe(`${name}, KV in ${kvDtype}`, () => {
     const withEngine = <A>(options: Partial<EngineOptions> & { path: string }, use: (engine: Engine) => Promise<A>): Promise<A> => withAnyEngine({ kvDtype, ...options }, use)
     let file: string
     let tokens: Array<number>
     let expected: Array<Buffer>
+    /** The KV of its first half. */
+    const half = Math.floor(length / 32) * 16
+    let exported: Array<Uint8Array>
     beforeAll(async () => {
       file = await path()
-      expected = await withEngine({ path: file, isa: "reference", threads: 1 }, (engine) => {
+      await withEngine({ path: file, isa: "reference", threads: referenceThreads }, async (engine) => {
         const random = randomNumbers(length)
         tokens = upTo(length).map(() => Math.floor(random() * engine.info.vocabulary))
-        return sequenceLogits(engine, tokens, upTo(blocksFor(length, 16)))
+        expected = await sequenceLogits(engine, tokens, upTo(blocksFor(length, 16)))
+        exported = upTo(half / 16).map((block) => {
+          const bytes = new Uint8Array(engine.info.blockBytes)
+          engine.exportBlock(block, bytes)
+          return bytes
+        })
       })
-    })
+    }, 180_000)
 
     test.each(isas)("%s: in one chunk, and in random chunks, on 1, 2 and 3 threads", async (isa) => {
       for (const threads of [1, 2, 3]) {
@@ -147,27 +155,18 @@ const invariance = (name: string, length: number, isas: ReadonlyArray<Instructio
     })
 
     test("with blocks exported by one engine and imported by another", async () => {
-      const half = Math.floor(length / 32) * 16
-      const blocks = await withEngine({ path: file, isa: "reference", threads: 1 }, async (engine) => {
-        await sequenceLogits(engine, tokens, upTo(blocksFor(length, 16)), [half])
-        return upTo(half / 16).map((block) => {
-          const bytes = new Uint8Array(engine.info.blockBytes)
-          engine.exportBlock(block, bytes)
-          return bytes
-        })
-      })
       await withEngine({ path: file, threads: 3 }, async (engine) => {
         const table = shuffled(upTo(160), randomNumbers(9)).slice(0, blocksFor(length, 16))
-        blocks.forEach((bytes, i) => engine.importBlock(table[i]!, bytes))
+        exported.forEach((bytes, i) => engine.importBlock(table[i]!, bytes))
         expect(firstDifference(await sequenceLogits(engine, tokens, table, [length], half), expected.slice(half))).toBe(-1)
         const again = new Uint8Array(engine.info.blockBytes)
-        blocks.forEach((bytes, i) => {
+        exported.forEach((bytes, i) => {
           engine.exportBlock(table[i]!, again)
           expect(Buffer.compare(again, bytes)).toBe(0)
         })
         // What this engine computes itself is, byte for byte, what the other had computed.
         await sequenceLogits(engine, tokens, upTo(blocksFor(length, 16)), randomEnds(half, randomNumbers(2)))
-        blocks.forEach((bytes, i) => {
+        exported.forEach((bytes, i) => {
           engine.exportBlock(i, again)
           expect(Buffer.compare(again, bytes)).toBe(0)
         })
@@ -204,10 +203,10 @@ const coded = [
   ["F16, odd sizes", "int8"],
   ["F32 and all others mixed", "int4"],
 ] as const
-for (const [name, dtype] of coded) invariance(name, 270, available, tinyPath(name), dtype)
+for (const [name, dtype] of coded) invariance(name, 270, available, tinyPath(name), { kvDtype: dtype })
 
 const real = realModelPath()
 if (real !== undefined) {
-  // The reference takes seconds for it, so it runs once, for what is expected.
-  invariance("SmolLM2-135M", 137, [best], async () => real)
+  // The reference takes seconds for it, so it runs once, for what is expected, and on all cores.
+  invariance("SmolLM2-135M", 137, [best], async () => real, { threads: availableParallelism() })
 }

@@ -30,6 +30,8 @@ export const startNats = async (): Promise<StartedNats> => {
 
 export interface ConfiguredNats {
   readonly url: string
+  /** What it has logged. */
+  log(): string
   stop(): Promise<void>
 }
 
@@ -52,7 +54,7 @@ export const startConfiguredNats = async (lines: ReadonlyArray<string>): Promise
     const file = readdirSync(folder).find((name) => name.endsWith(".ports"))
     const text = file === undefined ? "" : readFileSync(join(folder, file), "utf8")
     const url = /nats:\/\/[^"]+|tls:\/\/[^"]+/.exec(text)?.[0]
-    if (url !== undefined) return { url, stop }
+    if (url !== undefined) return { url, log: () => said, stop }
     await sleep(10)
   }
 }

@@ -18,6 +18,8 @@ export interface PairOptions extends FaultyBusOptions {
   /** Blocks of each pool. */
   readonly blocks?: number
   readonly dtype?: KvDtype
+  /** KV stores; one where absent. */
+  readonly stores?: number
   /** Digest of the model as the prefill worker sees it. */
   readonly prefillDigest?: string
 }
@@ -44,9 +46,10 @@ export const startPair = async (options: PairOptions): Promise<StartedPair> => {
   const scope = Effect.runSync(Scope.make())
   const digest = "0".repeat(64)
   const namespace = "main.test"
-  for (const component of componentsOf(preset).flat()) {
+  const kvStore = { ...preset.kvStore, replicas: options.stores ?? 1, disk: { path: join(folder, "kv"), size: 2 ** 30 } }
+  for (const component of componentsOf({ ...preset, kvStore }).flat()) {
     const context: ComponentContext = {
-      topology: { ...preset, workers, bus: "memory", kvStore: { ...preset.kvStore, disk: { path: join(folder, "kv"), size: 2 ** 30 } } },
+      topology: { ...preset, workers, bus: "memory", kvStore },
       model: { name: "tiny", aliases: [], path, sha256: component.id === "p0" ? (options.prefillDigest ?? digest) : digest },
       namespace,
       env: readEnv(),

@@ -1,6 +1,6 @@
 /**
- * A KV store that is put into without end, as a process for a test to kill: it is told its folder, and reports the blocks
- * that it has on disk.
+ * KV stores that are put into without end, as a process for a test to kill: it is told their folders, and reports the blocks
+ * that each has on disk.
  */
 import { Effect, Scope } from "effect"
 import { kvStoreActor } from "../../actors/kv-store/kv-store.ts"
@@ -18,6 +18,8 @@ export interface StoreOrder {
 }
 
 export interface StoreReport {
+  /** Which of the stores. */
+  readonly store: number
   readonly onDisk: ReadonlyArray<number>
   /** No block from here on was put before this was said. */
   readonly next: number
@@ -26,11 +28,11 @@ export interface StoreReport {
 const blocksOfPut = 8
 const putsOfReport = 4
 
-const run = async ({ folder, blockBytes, memoryBytes, diskBytes, firstBlock }: StoreOrder): Promise<void> => {
+const run = async (store: number, { folder, blockBytes, memoryBytes, diskBytes, firstBlock }: StoreOrder): Promise<void> => {
   const bus = new MemoryBus()
   const buses = { control: bus, bulk: bus }
   const scope = Effect.runSync(Scope.make())
-  const store = await Effect.runPromise(
+  const running = await Effect.runPromise(
     Scope.provide(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), buses, namespace: "test", id: "k0", memoryBytes, disk: { folder, bytes: diskBytes } }), scope),
   )
   const client = new StoreClient(buses, blockBytes)
@@ -43,10 +45,10 @@ const run = async ({ folder, blockBytes, memoryBytes, diskBytes, firstBlock }: S
       await new Promise((resolve) => setImmediate(resolve)) // what is refused for want of room takes no turn of the event loop
     }
     // When nothing waits to be written, everything is.
-    await until(() => !store.isWriting())
-    process.send?.({ onDisk: put, next } satisfies StoreReport)
+    await until(() => !running.isWriting())
+    process.send?.({ store, onDisk: put, next } satisfies StoreReport)
   }
 }
 
-process.once("message", (order: StoreOrder) => void run(order))
+process.once("message", (orders: ReadonlyArray<StoreOrder>) => orders.forEach((order, store) => void run(store, order)))
 process.on("disconnect", () => process.exit(0))

@@ -17,8 +17,8 @@ export const limits = {
   busPendingBytes: 128 * 1024 * 1024,
   /** The server is asked how far it is each time this many bytes were published. */
   busConfirmBytes: 1024 * 1024,
-  /** Longest wait for a NATS server to answer when a connection is made. */
-  busConnectDeadlineMs: 5_000,
+  /** Longest wait for a NATS server to answer when a connection is made; where many processes start at once on few cores, TLS takes seconds. */
+  busConnectDeadlineMs: 15_000,
   /** A lost connection is tried again after this long, doubling, half of it by chance … */
   busReconnectDelayMs: 50,
   /** … up to this. */

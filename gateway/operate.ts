@@ -6,7 +6,7 @@ import { setTimeout as sleep } from "node:timers/promises"
 import { ConfigError } from "../config/config-error.ts"
 import { limits } from "../config/limits.ts"
 import { table } from "./bench/figures.ts"
-import type { Change } from "../actors/node/reconciler.ts"
+import type { Change } from "../actors/node/change.ts"
 import type { TopologyState } from "./topology-access.ts"
 
 export interface OperateOptions {

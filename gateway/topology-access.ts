@@ -1,7 +1,7 @@
 /**
  * The wanted topology as whoever operates it reads and changes it. Messages are for people, with place and remedy.
  */
-import type { Change } from "../actors/node/reconciler.ts"
+import type { Change } from "../actors/node/change.ts"
 import type { Topology } from "../config/topology.ts"
 
 export interface TopologyState {

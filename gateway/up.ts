@@ -7,7 +7,7 @@ import type { LoadedTopology, TopologyOverrides } from "../config/load-topology.
 import { limits } from "../config/limits.ts"
 import type { ModelSpec } from "../config/models.ts"
 import type { ResolvedModel } from "../actors/node/fetch-model.ts"
-import type { Change, OnChange } from "../actors/node/reconciler.ts"
+import type { Change, OnChange } from "../actors/node/change.ts"
 import type { RunningWorker } from "../actors/node/worker.ts"
 import { serve } from "./serve.ts"
 import { TopologyFile } from "./topology-file.ts"

@@ -55,7 +55,7 @@ export class Engine {
   readonly #loop: StepLoop
   /** Settles when a step has failed, or a block is lost: the engine is of no use any more, and its owner makes a new one. */
   readonly broken: Promise<Error>
-  readonly counters: EngineCounters = { steps: 0, promptTokens: 0, cachedTokens: 0, outputTokens: 0, computeMs: 0, prefillMs: 0, restoredTokens: 0 }
+  readonly counters: EngineCounters = { steps: 0, promptTokens: 0, cachedTokens: 0, outputTokens: 0, computeMs: 0, prefillMs: 0, prefillTokens: 0, restoredTokens: 0 }
 
   constructor(kernels: StepKernels, options: EngineOptions) {
     const { name, maxBatch } = options

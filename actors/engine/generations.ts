@@ -18,6 +18,8 @@ export interface EngineCounters {
   outputTokens: number
   computeMs: number
   prefillMs: number
+  /** What was computed in that time. */
+  prefillTokens: number
   /** Of preempted sequences: what was brought back and not computed again. */
   restoredTokens: number
 }

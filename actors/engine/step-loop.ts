@@ -187,7 +187,9 @@ export class StepLoop {
     counters.computeMs += computeMs
     const rowsOf = (some: ReadonlyArray<Chunk>) => some.reduce((sum, { tokens }) => sum + tokens, 0)
     const rows = rowsOf(chunks)
-    counters.prefillMs += (computeMs * rowsOf(chunks.filter(({ sequence }) => !sequence.group.prefillDone))) / rows
+    const prefillRows = rowsOf(chunks.filter(({ sequence }) => !sequence.group.prefillDone))
+    counters.prefillTokens += prefillRows
+    counters.prefillMs += (computeMs * prefillRows) / rows
     // A few rows of a prompt among those that decode say little about prompts.
     const several = chunks.filter(({ tokens }) => tokens > 1)
     const work = several.map(({ sequence, tokens }) => ({ newTokens: tokens, prefixTokens: sequence.computed }))

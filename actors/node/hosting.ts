@@ -112,6 +112,11 @@ export class Hosting {
     }).pipe(Effect.mapError((error) => new WorkerError(error.message)))
   }
 
+  /** Has those of a generation start again, should they have to, as this topology says. */
+  follow(generation: string, wanted: Wanted): void {
+    for (const hosted of this.#hosted.values()) if (hosted.planned.generation === generation) hosted.wanted = wanted
+  }
+
   /** Takes all roles from a worker; what it decodes goes on elsewhere. One that does not answer has nothing that could. */
   drain(planned: PlannedComponent): Effect.Effect<Drained | undefined> {
     return Effect.gen({ self: this }, function* () {

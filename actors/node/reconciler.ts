@@ -4,7 +4,9 @@
  */
 import { Deferred, Effect, Exit, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
+import { roles, type Role } from "../../config/topology.ts"
 import { Hosting, reasonOf } from "./hosting.ts"
+import { changeOf, reported, type Change, type OnChange } from "./change.ts"
 import { atOnce, describe, plan, type Step } from "./plan.ts"
 import { ServedGenerations, type ServedGeneration } from "./served-generations.ts"
 import { type Settings, type System } from "./system.ts"
@@ -22,25 +24,6 @@ export interface Front {
   untilIdle(generation: string): Effect.Effect<void>
 }
 
-export interface ReportedStep {
-  readonly step: string
-  state: "waiting" | "running" | "done" | "failed"
-  ms?: number
-  error?: string
-}
-
-/** One wanted topology, and how far it has come. */
-export interface Change {
-  readonly at: string
-  readonly revision: string | undefined
-  readonly steps: ReadonlyArray<ReportedStep>
-  outcome: "changing" | "done" | "failed" | "superseded"
-  error?: string
-}
-
-/** Told of each plan, each step's beginning and end, and the outcome. */
-export type OnChange = (change: Change, step?: ReportedStep) => void
-
 export interface ReconcilerOptions {
   readonly uplink: Uplink
   readonly hosting: Hosting
@@ -56,7 +39,7 @@ interface Target {
 
 export class Reconciler {
   readonly #options: ReconcilerOptions
-  readonly #drained = new Set<string>()
+  #drained: ReadonlySet<string> = new Set()
   #changes: ReadonlyArray<Change> = []
   #target: Target | undefined
   /** The one that the newest change is about. */
@@ -105,12 +88,12 @@ export class Reconciler {
 
   /** What would be done for this topology now. */
   planFor(wanted: Wanted): ReadonlyArray<string> {
-    return plan(this.actual, systemOf(wanted, this.#stillThere(wanted))).map(describe)
+    return plan(this.actual, systemOf(wanted, this.#drainedIn(wanted))).map(describe)
   }
 
   /** Wants this from now on; what is under way for an older one is given up at its next step. */
   want(wanted: Wanted): void {
-    for (const name of this.#drained) if (!this.#stillThere(wanted).has(name)) this.#drained.delete(name)
+    this.#drained = this.#drainedIn(wanted)
     this.#target = { wanted, system: systemOf(wanted, this.#drained) }
     const newer = this.#newer
     this.#newer = Deferred.makeUnsafe()
@@ -123,18 +106,19 @@ export class Reconciler {
     const workers = target?.wanted.topology.workers ?? []
     const worker = workers.find((one) => one.name === name)
     if (target === undefined || worker === undefined) throw new WorkerError(`there is no worker ${name}: ${workers.map((one) => one.name).join(", ")} are in the topology`)
-    if (undo) this.#drained.delete(name)
-    else {
-      const others = workers.filter((one) => one.name !== name && !this.#drained.has(one.name))
-      const lone = worker.roles.find((role) => !others.some(({ roles }) => roles.includes(role)))
-      if (lone !== undefined) throw new WorkerError(`${name} is the only worker that can ${lone}: add another to the topology first`)
-      this.#drained.add(name)
-    }
+    const others = new Set([...this.#drained].filter((other) => other !== name))
+    const drained = undo ? others : new Set([...others, name])
+    const lone = worker.roles.find((role) => !workers.some((one) => !drained.has(one.name) && one.roles.includes(role)))
+    if (lone !== undefined) throw new WorkerError(`${name} is the only worker that can ${lone}: add another to the topology first`)
+    this.#drained = drained
     this.want(target.wanted)
   }
 
-  #stillThere({ topology }: Wanted): ReadonlySet<string> {
-    return new Set([...this.#drained].filter((name) => topology.workers.some((worker) => worker.name === name)))
+  /** Those that are drained and still there; none where a topology would be left without a role. */
+  #drainedIn({ topology: { workers } }: Wanted): ReadonlySet<string> {
+    const drained = new Set([...this.#drained].filter((name) => workers.some((worker) => worker.name === name)))
+    const isLeft = (role: Role) => workers.some((worker) => !drained.has(worker.name) && worker.roles.includes(role))
+    return roles.every(isLeft) ? drained : new Set()
   }
 
   #loop(settled: Target): Effect.Effect<never> {
@@ -162,7 +146,7 @@ export class Reconciler {
       const newer = this.#newer
       this.#changing = target
       const steps = plan(this.actual, target.system)
-      const change: Change = { at: new Date().toISOString(), revision: target.wanted.revision, steps: steps.map((step) => ({ step: describe(step), state: "waiting" })), outcome: "changing" }
+      const change = changeOf(steps, target.wanted.revision)
       this.#changes = [change, ...this.#changes].slice(0, limits.topologyChanges)
       const end = (outcome: Change["outcome"], error?: string): Change => {
         change.outcome = outcome
@@ -180,7 +164,7 @@ export class Reconciler {
         const many = together(steps, at)
         const outcomes = yield* Effect.forEach(
           steps.slice(at, at + many),
-          (step, i) => this.#report(change, change.steps[at + i]!, this.#carryOut(step, target, newer)),
+          (step, i) => reported(change, change.steps[at + i]!, this.#carryOut(step, target, newer), this.#options.onChange),
           { concurrency: "unbounded" },
         )
         if (outcomes.includes("given up")) return end("superseded")
@@ -193,26 +177,11 @@ export class Reconciler {
       if (left.length > 0) return end("failed", `still to do: ${left.map(describe).join("; ")}`)
       yield* this.#options.generations.keep(new Set(this.actual.components.map(({ generation }) => generation)))
       const current = target.system.generation === undefined ? undefined : this.#options.generations.get(target.system.generation.id)
-      if (current !== undefined) this.#options.front.switchTo(current)
-      return end("done")
-    })
-  }
-
-  #report(change: Change, reported: ReportedStep, work: Effect.Effect<"done" | "given up", unknown>): Effect.Effect<"done" | "given up" | "failed"> {
-    return Effect.gen({ self: this }, function* () {
-      const beganAtMs = performance.now()
-      reported.state = "running"
-      this.#options.onChange?.(change, reported)
-      const exit = yield* Effect.exit(work)
-      reported.ms = Math.round(performance.now() - beganAtMs)
-      if (Exit.isSuccess(exit) && exit.value === "given up") {
-        reported.state = "waiting"
-        return exit.value
+      if (current !== undefined) {
+        this.#options.hosting.follow(current.id, target.wanted)
+        this.#options.front.switchTo(current) // its name or its context may be another
       }
-      reported.state = Exit.isSuccess(exit) ? "done" : "failed"
-      if (Exit.isFailure(exit)) reported.error = reasonOf(exit.cause)
-      this.#options.onChange?.(change, reported)
-      return Exit.isSuccess(exit) ? "done" : "failed"
+      return end("done")
     })
   }
 

@@ -37,8 +37,8 @@ export const systemOf = ({ topology, model }: Wanted, drained: ReadonlySet<strin
       return { roles: drained.has(id) ? [] : roles, live: { maxBatch, blocks: kv.blocks }, fixed: { device, threads } }
     }
     if (kind === "scheduler") return { roles: [], live: { policy: scheduler.policy, queue: scheduler.queue, admission: scheduler.admission }, fixed: {} }
-    if (kind === "request") return { roles: [], live: {}, fixed: { ...poolsOf(topology), prefixes: kvStore.shared ? "shared" : "of each tenant" } }
-    const { memory, disk, eviction, replicas } = kvStore
+    const { memory, disk, eviction, replicas, shared } = kvStore
+    if (kind === "request") return { roles: [], live: {}, fixed: { ...poolsOf(topology), prefixes: shared ? "shared" : "of each tenant" } }
     return { roles: [], live: {}, fixed: { memory, disk: disk.size, path: disk.path, eviction, peers: replicas > 1 ? "others" : "none" } }
   }
   return {

@@ -95,8 +95,8 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
 
     const scheduler = (verb: string) => subject(namespace, "scheduler", anyId, verb)
     const prefillTokPerS = () => {
-      const { promptTokens, cachedTokens, prefillMs } = engine.counters
-      return prefillMs === 0 ? undefined : ((promptTokens - cachedTokens) * 1000) / prefillMs
+      const { prefillTokens, prefillMs } = engine.counters
+      return prefillMs === 0 ? undefined : (prefillTokens * 1000) / prefillMs
     }
     const state = (): HeartbeatMessage => {
       const { sequences, waiting } = engine.load

@@ -9,8 +9,11 @@ import { presenceSubject } from "../messages/subjects.ts"
 
 interface Member {
   readonly message: PresenceMessage
-  readonly heardAtMs: number
+  /** Beats since it was heard. They are counted, not time: where this process itself was stopped, words wait that it has not read. */
+  silentBeats: number
 }
+
+const mostSilentBeats = limits.heartbeatSilenceMs / limits.heartbeatIntervalMs
 
 /** A member with this kind and id of an epoch up to this one is gone. */
 export type OnGone = (kind: PresenceMessage["kind"], id: string, epoch: number) => void
@@ -84,15 +87,15 @@ export class Members {
       if (known !== undefined && this.#members.delete(key)) this.#gone(message)
       return
     }
-    this.#members.set(key, { message, heardAtMs: performance.now() })
+    this.#members.set(key, { message, silentBeats: 0 })
     if (known?.message.epoch !== message.epoch) for (const greeter of this.#greeters) greeter(message.kind, message.id, message.epoch)
   }
 
   #sweep(): void {
-    for (const [key, { message, heardAtMs }] of this.#members) {
-      if (performance.now() - heardAtMs <= limits.heartbeatSilenceMs) continue
+    for (const [key, member] of this.#members) {
+      if (++member.silentBeats <= mostSilentBeats) continue
       this.#members.delete(key)
-      this.#gone(message)
+      this.#gone(member.message)
     }
   }
 

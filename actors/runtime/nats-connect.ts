@@ -108,11 +108,14 @@ const authenticatorOf = ({ credentials, nkey, token }: NatsAddress): Authenticat
   }
   return (nonce) => {
     try {
-      current = valid(readFileSync(path))
+      const renewed = make(readFileSync(path))
+      const signed = renewed(nonce)
+      current = renewed
+      return signed
     } catch {
       // An authenticator that throws would end the connection for good.
+      return current(nonce)
     }
-    return current(nonce)
   }
 }
 

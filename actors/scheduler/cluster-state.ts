@@ -105,11 +105,16 @@ export class ClusterState {
     }
   }
 
-  /** Workers of a role that live; those that the request has failed on, or was moved from, only where there are no others. */
+  /**
+   * Workers of a role that live. Those whose pool can never hold the request only where no pool can, and of these, those that it
+   * has failed on, or was moved from, only where there are no others.
+   */
   candidates(role: Role, request: PlaceMessage): Array<WorkerView> {
     const living = [...this.workers.values()].filter((worker) => worker.roles.includes(role))
-    const others = living.filter(({ id }) => id !== request.movedFrom && !request.exclude.includes(id))
-    return others.length > 0 ? others : living
+    const fitting = living.filter(({ load }) => request.tokens + request.maxTokens <= load.blocks * load.blockTokens)
+    const able = fitting.length > 0 ? fitting : living
+    const others = able.filter(({ id }) => id !== request.movedFrom && !request.exclude.includes(id))
+    return others.length > 0 ? others : able
   }
 
   /** Sequences that decode there, as predicted. */

@@ -1,12 +1,14 @@
 /** Who is known to serve, from what everybody says of themselves. */
-import { afterEach, expect, it } from "vitest"
+import { afterEach, beforeEach, expect, it, vi } from "vitest"
+import { limits } from "../../config/limits.ts"
 import { Presence, type PresenceMessage } from "../../actors/messages/presence.ts"
 import { presenceSubject } from "../../actors/messages/subjects.ts"
 import { Members } from "../../actors/presence/members.ts"
 import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
-import { testScope } from "../support/scoped.ts"
+import { testScope, type TestScope } from "../support/scoped.ts"
 
-const scope = testScope()
+let scope: TestScope
+beforeEach(() => void (scope = testScope()))
 afterEach(() => scope.close())
 
 it("tells once of each that comes, or comes back under a later epoch, and of each that goes", async () => {
@@ -28,4 +30,33 @@ it("tells once of each that comes, or comes back under a later epoch, and of eac
     ["scheduler", 2],
     ["worker", 7],
   ])
+})
+
+it("takes a member for gone that was silent for so many beats, and nobody because this process itself was stopped", async () => {
+  vi.useFakeTimers({ toFake: ["setInterval", "clearInterval", "performance"] })
+  try {
+    const bus = new MemoryBus()
+    const members = await scope.start(Members.listen(bus, "main"))
+    const gone: Array<string> = []
+    members.onGone((_, id) => void gone.push(id))
+    const say = async (id: string) => {
+      bus.publish(presenceSubject("main"), Presence.encode({ kind: "worker", id, node: "here", pid: 1, epoch: 1, state: "serving" }))
+      await new Promise((resolve) => setImmediate(resolve))
+    }
+    for (const id of ["silent", "heard"]) await say(id)
+    for (let beat = 0; beat * limits.heartbeatIntervalMs < limits.heartbeatSilenceMs; beat++) {
+      vi.advanceTimersByTime(limits.heartbeatIntervalMs)
+      await say("heard")
+    }
+    expect(gone).toEqual([])
+    vi.advanceTimersByTime(limits.heartbeatIntervalMs)
+    expect(gone).toEqual(["silent"])
+    const now = performance.now()
+    vi.spyOn(performance, "now").mockReturnValue(now + 100 * limits.heartbeatSilenceMs)
+    vi.advanceTimersByTime(limits.heartbeatIntervalMs)
+    expect(gone).toEqual(["silent"])
+  } finally {
+    vi.useRealTimers()
+    vi.restoreAllMocks()
+  }
 })

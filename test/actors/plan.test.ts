@@ -66,7 +66,7 @@ const capacity = ({ generation, components }: System) => {
   }
 }
 
-const normal = (system: System): unknown => ({ ...system, components: system.components.map(({ pool: _, ...rest }) => ({ ...rest, roles: [...rest.roles].sort() })).sort((a, b) => (keyOf(a) < keyOf(b) ? -1 : 1)) })
+const normal = (system: System): unknown => ({ ...system, components: system.components.map((one) => ({ ...one, pool: undefined, roles: [...one.roles].sort() })).sort((a, b) => (keyOf(a) < keyOf(b) ? -1 : 1)) })
 
 /** Walks a plan; checks that nothing loses its last server on the way. */
 const walk = (actual: System, wanted: System, steps = plan(actual, wanted)): System => {

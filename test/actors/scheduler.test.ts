@@ -247,6 +247,16 @@ describe("the cluster's state", () => {
     expect(names("prefill", ["a"])).toEqual(["a"])
     expect(names("decode", ["a", "b"])).toEqual(["a", "b"])
   })
+
+  it("offers workers whose pool can hold a request, also where it has failed on them, and others only where no pool can", () => {
+    const state = fresh()
+    for (const [worker, blocks] of [["small", 4], ["large", 8]] as const) state.heartbeat({ ...heartbeat(worker), load: { ...heartbeat(worker).load, blocks } }, 0)
+    const names = (tokens: number, exclude: ReadonlyArray<string> = []) => state.candidates("decode", request("r", [], { tokens, maxTokens: 16, exclude })).map(({ id }) => id)
+    expect(names(48)).toEqual(["small", "large"])
+    expect(names(49)).toEqual(["large"])
+    expect(names(49, ["large"])).toEqual(["large"])
+    expect(names(113)).toEqual(["small", "large"])
+  })
 })
 
 describe("the scheduler", () => {

@@ -50,13 +50,20 @@ describe("a topology that is edited under a steady load of 24 streams, greedy an
     sameAs(expected, seen)
   })
 
-  it("a worker that only changes its roles keeps its process", async () => {
+  it("a worker that only changes its roles keeps its process, and its roles when it is killed", async () => {
     await up.recompose(onePrefillTwoDecode)
     const before = await workersOf(up)
     await up.recompose(flipped)
     const after = await workersOf(up)
     expect(after.map(({ name, pid }) => [name, pid])).toEqual(before.map(({ name, pid }) => [name, pid]))
-    expect(Object.fromEntries(after.map(({ name, roles }) => [name, roles]))).toEqual({ p0: ["decode"], d0: ["prefill"], d1: ["prefill"] })
+    const roles = { p0: ["decode"], d0: ["prefill"], d1: ["prefill"] }
+    expect(Object.fromEntries(after.map((worker) => [worker.name, worker.roles]))).toEqual(roles)
+    const { pid } = after.find(({ name }) => name === "d1")!
+    process.kill(pid, "SIGKILL")
+    const back = async () => (await workersOf(up)).find((worker) => worker.name === "d1" && worker.pid !== pid)
+    while ((await back()) === undefined) await new Promise((resolve) => setTimeout(resolve, 50))
+    expect((await back())!.roles).toEqual(roles.d1)
+    expect((await up.state()).plan).toEqual([])
     await up.recompose(single)
   })
 

@@ -47,7 +47,7 @@ beforeAll(async () => {
   const printed = execFileSync(process.execPath, [...programArguments("gateway/main.ts"), "nats-permissions", "--keys", at("keys")], { encoding: "utf8" })
   server = await startConfiguredNats([
     printed,
-    `tls: { cert_file: ${JSON.stringify(at("server.pem"))}, key_file: ${JSON.stringify(at("server.key"))}, ca_file: ${JSON.stringify(at("ca.pem"))}, verify: true }`,
+    `tls: { cert_file: ${JSON.stringify(at("server.pem"))}, key_file: ${JSON.stringify(at("server.key"))}, ca_file: ${JSON.stringify(at("ca.pem"))}, verify: true, timeout: 30 }`, // a handshake on a busy machine takes longer than the 2 s that it gets by itself
     `jetstream: { store_dir: ${JSON.stringify(at("jetstream"))} }`,
   ])
   address = { url: server.url.replace("nats:", "tls:"), nkey: at("keys/{role}.nk"), tls: { ca: at("ca.pem"), cert: at("client.pem"), key: at("client.key") } }

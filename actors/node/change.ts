@@ -1,0 +1,50 @@
+/**
+ * What has become of a plan, step by step: what is printed, and shown to whoever asks.
+ */
+import { Effect, Exit } from "effect"
+import { reasonOf } from "./hosting.ts"
+import { describe, type Step } from "./plan.ts"
+
+export interface ReportedStep {
+  readonly step: string
+  state: "waiting" | "running" | "done" | "failed"
+  ms?: number
+  error?: string
+}
+
+/** One wanted topology, and how far it has come. */
+export interface Change {
+  readonly at: string
+  readonly revision: string | undefined
+  readonly steps: ReadonlyArray<ReportedStep>
+  outcome: "changing" | "done" | "failed" | "superseded"
+  error?: string
+}
+
+/** Told of each plan, each step's beginning and end, and the outcome. */
+export type OnChange = (change: Change, step?: ReportedStep) => void
+
+export const changeOf = (steps: ReadonlyArray<Step>, revision: string | undefined): Change => ({
+  at: new Date().toISOString(),
+  revision,
+  steps: steps.map((step) => ({ step: describe(step), state: "waiting" })),
+  outcome: "changing",
+})
+
+/** Does a step's work, and writes down and tells how it goes; never fails. */
+export const reported = (change: Change, step: ReportedStep, work: Effect.Effect<"done" | "given up", unknown>, onChange: OnChange | undefined): Effect.Effect<"done" | "given up" | "failed"> =>
+  Effect.gen(function* () {
+    const beganAtMs = performance.now()
+    step.state = "running"
+    onChange?.(change, step)
+    const exit = yield* Effect.exit(work)
+    step.ms = Math.round(performance.now() - beganAtMs)
+    if (Exit.isSuccess(exit) && exit.value === "given up") {
+      step.state = "waiting"
+      return exit.value
+    }
+    step.state = Exit.isSuccess(exit) ? "done" : "failed"
+    if (Exit.isFailure(exit)) step.error = reasonOf(exit.cause)
+    onChange?.(change, step)
+    return Exit.isSuccess(exit) ? "done" : "failed"
+  })

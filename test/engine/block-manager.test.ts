@@ -15,7 +15,7 @@ const step: fc.Arbitrary<Step> = fc.record({ type: fc.constantFrom("allocate", "
 describe("the block manager", () => {
   it("keeps every block free, cached or referenced, finds content by hash, evicts what was used least recently, and minds its limit", () => {
     fc.assert(
-      fc.property(fc.array(step, { maxLength: 200 }), (steps) => {
+      fc.property(fc.array(step, { maxLength: 80, size: "max" }), (steps) => {
         const events: Array<string> = []
         const manager = new BlockManager(total, { stored: (hash) => events.push(`+${hash}`), removed: (hash) => events.push(`-${hash}`) })
         const held: Array<Array<number>> = [] // one block a holder
@@ -91,7 +91,7 @@ describe("the block manager", () => {
           for (const [block, known] of content) expect(manager.find(known)).toBe(block)
         }
       }),
-      { numRuns: 500 },
+      { numRuns: 80 },
     )
   })
 

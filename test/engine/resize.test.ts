@@ -61,6 +61,25 @@ describe("a pool that shrinks", () => {
     engine.checkInvariants()
   })
 
+  it("gets its blocks back although nobody computes, since all their readers are behind", async () => {
+    const engine = start()
+    const generations = [await begun(engine, specOf("older", upTo(14, 10), { maxTokens: 30 })), await begun(engine, specOf("younger", upTo(14, 200), { maxTokens: 9 }))]
+    for (const generation of generations) generation.writable = false
+    for (let i = 0; i < 4; i++) await turn()
+    expect(engine.load).toMatchObject({ sequences: 2, waiting: 0 })
+    engine.resize({ blocks: 8 })
+    for (let i = 0; i < 4; i++) await turn()
+    expect(engine.load).toMatchObject({ sequences: 1, waiting: 1 })
+    expect(engine.blocks.excess).toBe(0)
+    engine.resize({ blocks: 12 })
+    for (const generation of generations) generation.writable = true
+    engine.resume()
+    for (const generation of generations) {
+      await generation.ended
+      expectWhole(generation)
+    }
+  })
+
   it("gives away what has grown too large for it, refuses what is, and goes on with the others", async () => {
     const engine = start()
     const large = await begun(engine, specOf("large", upTo(30, 10), { maxTokens: 18 }))

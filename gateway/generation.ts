@@ -32,7 +32,7 @@ export class Generation {
   readonly #delivered: ReadonlyArray<Array<number>> // [choices]
   #reader: StreamReader
   #attempt = 0
-  #failures = 0
+  #failures = 0 // since the last token
   #moves = 0
   #faults = 0 // since the last event
   #failingSinceMs: number | undefined
@@ -66,6 +66,7 @@ export class Generation {
         if (event === undefined) continue
         this.#faults = 0
         this.#failingSinceMs = undefined
+        if (event.type === "delta" && event.tokens.length > 0) this.#failures = 0 // it gets on, however long it lives
         return event
       } catch (error) {
         await this.#resume(Fault.from(error, "request"))

@@ -73,7 +73,8 @@ export const apply = async (file: string, options: OperateOptions & { readonly d
   for (;;) {
     const state = await stateOf(options)
     const change = state.changes.find((one) => one.revision === revision)
-    if (!json && change !== undefined && state.revision === revision) tellSteps(change, told)
+    // Where there was nothing to change, the steps of this revision are an earlier command's.
+    if (!json && plan.length > 0 && change !== undefined && state.revision === revision) tellSteps(change, told)
     if (state.state === "changing") {
       await sleep(limits.operatePollMs)
       continue

@@ -2,6 +2,8 @@
 import { NodeWS } from "@effect/platform-node/NodeSocket"
 import { afterEach, expect, it } from "vitest"
 import OpenAI from "openai"
+import { Pin } from "../../actors/messages/kv-store.ts"
+import { anyId, subject } from "../../actors/messages/subjects.ts"
 import { Cluster } from "../support/cluster.ts"
 import { startNode, type StartedNode } from "../support/start-node.ts"
 
@@ -82,7 +84,7 @@ it("the KV of a conversation stays in a full store while its connection is open,
     for (let i = 0; i < 10; i++) {
       await cluster.generate({ prompt: Array.from({ length: 200 }, (_, token) => 3 + ((token * 7 + flood * 13) % 250)), maxTokens: 1 })
       flood++
-      await cluster.untilIdle() // what is computed is put then
+      await cluster.untilStored()
     }
   }
   const socket = new NodeWS.WebSocket(`ws://127.0.0.1:${node.port}/v1/responses`)
@@ -102,9 +104,9 @@ it("the KV of a conversation stays in a full store while its connection is open,
   await others()
   const second = await ask(first.id)
   expect(second.usage!.input_tokens_details.cached_tokens).toBe(expectedCached(first.usage!.input_tokens + first.usage!.output_tokens - 1, second.usage!.input_tokens))
-  const closed = new Promise((resolve) => socket.on("close", resolve))
+  const letGo = new Promise<void>((resolve) => node.bus.subscribe(subject(node.namespace, "kv-store", anyId, Pin.verb), ({ data }) => Pin.decode(data).leaseMs === 0 && resolve()))
   socket.close()
-  await closed
+  await letGo
   await cluster.untilStored()
   await others()
   const third = (await new OpenAI({ baseURL: `${node.url}/v1`, apiKey: "none", maxRetries: 0 }).responses.create({ model: "tiny", input: "And then?", max_output_tokens: 1, previous_response_id: second.id })) as OpenAI.Responses.Response

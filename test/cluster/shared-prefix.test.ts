@@ -1,5 +1,6 @@
 /** Prefixes that several requests begin with, over several workers: computed once where they can be fetched. */
 import { afterEach, expect, it } from "vitest"
+import { BridgeBus } from "../../actors/runtime/bridge-bus.ts"
 import type { Topology } from "../../config/topology.ts"
 import { Cluster } from "../support/cluster.ts"
 import { startNode } from "../support/start-node.ts"
@@ -67,9 +68,10 @@ it("keep nobody else waiting while they are on their way: no step runs for them,
   await cluster.untilIdle()
   await cluster.untilStored()
 
-  const { publish } = node.bus
+  const { publish } = BridgeBus.prototype
   const held: Array<() => void> = []
-  node.bus.publish = function (to, data, options) {
+  stops.push(async () => void (BridgeBus.prototype.publish = publish))
+  BridgeBus.prototype.publish = function (to, data, options) {
     if (/\.kv\.[0-9a-f]{32}\.chunk$/.test(to)) held.push(() => publish.call(this, to, data, options))
     else publish.call(this, to, data, options)
   }
@@ -79,7 +81,7 @@ it("keep nobody else waiting while they are on their way: no step runs for them,
   const other = await cluster.generate({ prompt: [9, 8, 7], maxTokens: 30 })
   expect(other.tokens[0]).toHaveLength(30)
   expect(engine.counters.steps - steps).toBe(30)
-  node.bus.publish = publish
+  BridgeBus.prototype.publish = publish
   for (const send of held) send()
   const { tokens, logprobs, usage } = await warm
   expect([tokens, logprobs, usage.cachedTokens]).toEqual([cold.tokens, cold.logprobs, 96])

@@ -10,9 +10,6 @@ namespace {
 
 // Query rows whose sums fit into registers beside the keys.
 constexpr int kRows = 6;
-// Values that all rows meet before the next ones: those of 64 dimensions fill a quarter of a first-level cache.
-constexpr int kChunkTokens = 64;
-
 // Register pairs beside R rows that keep enough chains of fma under way.
 constexpr int wide_of(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
@@ -57,12 +54,13 @@ void score_groups(const KeyTile& tile, const QueryRow* rows, int head_dim, int g
       _mm256_storeu_ps(scores + r * kTileTokens + g * kGroupTokens + 8 * i, sums[r][i]);
 }
 
-// Of groups first … last-1.
 template <int R>
-void score(const KeyTile& tile, const QueryRow* rows, int head_dim, int first, int last, float* scores) {
+void score(const KeyTile& tile, const QueryRow* rows, int head_dim, int tokens, float* scores) {
   constexpr int G = wide_of(R);
-  for (; first + G <= last; first += G) score_groups<R, G>(tile, rows, head_dim, first, scores);
-  for (; first < last; ++first) score_groups<R, 1>(tile, rows, head_dim, first, scores);
+  const int groups = (tokens + kGroupTokens - 1) / kGroupTokens;
+  int g = 0;
+  for (; g + G <= groups; g += G) score_groups<R, G>(tile, rows, head_dim, g, scores);
+  for (; g < groups; ++g) score_groups<R, 1>(tile, rows, head_dim, g, scores);
 }
 
 // totals[r][d] over keys first … last-1, for 16 * G dimensions of R rows, continuing what is in `totals`.
@@ -89,63 +87,48 @@ void add_values(const KeyTile& tile, int first, int last, const float* weights, 
   for (; d < padded_dim; d += 16) add_columns<R, 1>(tile, first, last, d, weights, totals, padded_dim);
 }
 
-using Score = void (*)(const KeyTile& tile, const QueryRow* rows, int head_dim, int first, int last, float* scores);
-constexpr Score kScore[kRows] = {score<1>, score<2>, score<3>, score<4>, score<5>, score<6>};
-using AddValues = void (*)(const KeyTile& tile, int first, int last, const float* weights, float* totals, int padded_dim);
-constexpr AddValues kAddValues[kRows] = {add_values<1>, add_values<2>, add_values<3>,
-                                         add_values<4>, add_values<5>, add_values<6>};
+// R rows that all see at least one key of the tile.
+template <int R>
+void attend_rows(const KeyTile& tile, QueryRow* rows, int head_dim, float* scratch) {
+  const int padded_dim = (head_dim + 15) / 16 * 16;
+  float* weights = scratch;                       // [R, kTileTokens]
+  float* totals = scratch + kRows * kTileTokens;  // [R, padded_dim]
+  // Rows come in order of position.
+  const int fewest = rows[0].visible;
+  score<R>(tile, rows, head_dim, rows[R - 1].visible, weights);
+  float max[R], sum[R];
+  for (int r = 0; r < R; ++r) weigh(weights + r * kTileTokens, rows[r].visible, rows[r].visible, &max[r], &sum[r]);
 
-static_assert(kAttendScratch >= size_t{kMostQueries} * (kTileTokens + kMostHeadDim));
+  std::memset(totals, 0, sizeof(float) * R * padded_dim);
+  add_values<R>(tile, 0, fewest, weights, totals, padded_dim);
+  // The last keys of a causal tile are seen by some rows only. Others must not even multiply them by zero: a place that
+  // nobody has written may hold infinity.
+  for (int r = 0; r < R; ++r) {
+    if (rows[r].visible > fewest)
+      add_values<1>(tile, fewest, rows[r].visible, weights + r * kTileTokens, totals + r * padded_dim, padded_dim);
+  }
 
-int smaller(int a, int b) { return a < b ? a : b; }
+  for (int r = 0; r < R; ++r) merge(rows[r], {nullptr, 0, max[r], sum[r], totals + r * padded_dim}, head_dim);
+}
 
 }  // namespace
 
-// Keys and values are taken in pieces that stay in the first-level cache while all rows meet them, some rows at a time.
 void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float* scratch) {
   if (tile.dtype != KvDtype::F16) return attend_coded(tile, rows, count, head_dim, scratch);
-  // Rows come in order of position, so those that see nothing of this tile are the first, and the last sees most.
+  // Those that see nothing of this tile are the first.
   while (count > 0 && rows[0].visible == 0) {
     ++rows;
     --count;
   }
-  if (count == 0) return;
-  const int padded_dim = (head_dim + 15) / 16 * 16;
-  const int most = rows[count - 1].visible;
-  float* weights = scratch;                       // [count, kTileTokens]
-  float* totals = scratch + count * kTileTokens;  // [count, padded_dim]
-
-  constexpr int kKeyGroups = 4;
-  for (int g = 0; g * kGroupTokens < most; g += kKeyGroups) {
-    for (int i = 0; i < count; i += kRows) {
-      const int batch = smaller(kRows, count - i);
-      const int groups = (rows[i + batch - 1].visible + kGroupTokens - 1) / kGroupTokens;
-      kScore[batch - 1](tile, rows + i, head_dim, g, smaller(g + kKeyGroups, groups), weights + i * kTileTokens);
-    }
+  for (; count >= kRows; count -= kRows, rows += kRows) attend_rows<kRows>(tile, rows, head_dim, scratch);
+  switch (count) {
+    case 5: return attend_rows<5>(tile, rows, head_dim, scratch);
+    case 4: return attend_rows<4>(tile, rows, head_dim, scratch);
+    case 3: return attend_rows<3>(tile, rows, head_dim, scratch);
+    case 2: return attend_rows<2>(tile, rows, head_dim, scratch);
+    case 1: return attend_rows<1>(tile, rows, head_dim, scratch);
+    default: return;
   }
-
-  float max[kMostQueries], sum[kMostQueries];
-  for (int i = 0; i < count; ++i) weigh(weights + i * kTileTokens, rows[i].visible, rows[i].visible, &max[i], &sum[i]);
-
-  std::memset(totals, 0, sizeof(float) * count * padded_dim);
-  for (int first = 0; first < most; first += kChunkTokens) {
-    const int last = smaller(first + kChunkTokens, most);
-    for (int i = 0; i < count; i += kRows) {
-      const int batch = smaller(kRows, count - i);
-      const int common = smaller(last, rows[i].visible);
-      if (first < common)
-        kAddValues[batch - 1](tile, first, common, weights + i * kTileTokens, totals + i * padded_dim, padded_dim);
-      // The last keys of a causal tile are seen by some rows only. Others must not even multiply them by zero: a place that
-      // nobody has written may hold infinity.
-      const int from = common > first ? common : first;
-      for (int r = i; r < i + batch; ++r) {
-        const int to = smaller(last, rows[r].visible);
-        if (from < to) add_values<1>(tile, from, to, weights + r * kTileTokens, totals + r * padded_dim, padded_dim);
-      }
-    }
-  }
-
-  for (int i = 0; i < count; ++i) merge(rows[i], {nullptr, 0, max[i], sum[i], totals + i * padded_dim}, head_dim);
 }
 
 void merge(QueryRow& row, const QueryRow& tile, int head_dim) {

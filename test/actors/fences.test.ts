@@ -132,6 +132,15 @@ describe("a cluster with somebody in it who is over", () => {
     // One of long ago that answers, too, until it hears of the other.
     await scope.start(schedulerActor({ link: new Link(bus, "scheduler s9", 1), namespace, policy: "least-loaded", queue: 8, members: await scope.start(Members.listen(bus, namespace)) }))
     for (let i = 0; i < 4; i++) expect((await cluster.generate({ ...message, cacheSalt: `${i}` })).tokens).toEqual(tokens)
+    // One that speaks first, more often than a request may fail, and sends everybody where nobody is.
+    let lies = 0
+    const lying = bus.subscribe(subject(namespace, "scheduler", anyId, Place.verb), ({ reply }) => {
+      if (++lies > limits.placementAttempts + 2) return
+      bus.publish(reply!, Place.encodeReply({ prefill: "nowhere", decode: "nowhere", prefixBlocks: 0, estimates: { queuedTokens: 0, computeTokens: 0 }, epochs: { prefill: 1, decode: 1 }, epoch: 2 }))
+    })
+    expect((await cluster.generate({ ...message, cacheSalt: "lies" })).tokens).toEqual(tokens)
+    expect(lies).toBeGreaterThan(limits.placementAttempts)
+    lying.unsubscribe()
     // And one that takes over.
     const epoch = Date.now() + 1_000_000
     await scope.start(schedulerActor({ link: new Link(bus, "scheduler s0", epoch), namespace, policy: "least-loaded", queue: 8, members: await scope.start(Members.listen(bus, namespace)) }))

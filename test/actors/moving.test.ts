@@ -1,9 +1,10 @@
 /** Workers whose roles and bounds change while they run, and streams that go on elsewhere; on a memory bus with a tiny model. */
 import { Effect } from "effect"
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it, vi } from "vitest"
-import { subject } from "../../actors/messages/subjects.ts"
+import { limits } from "../../config/limits.ts"
+import { anyId, subject } from "../../actors/messages/subjects.ts"
 import { Configure, Drain, type ConfigureMessage, type Drained } from "../../actors/messages/worker.ts"
-import type { Role } from "../../actors/messages/scheduler.ts"
+import { Place, Release, type Role } from "../../actors/messages/scheduler.ts"
 import { Cluster, type Answer, type Asked } from "../support/cluster.ts"
 import { until } from "../support/scoped.ts"
 
@@ -193,6 +194,11 @@ describe("a worker that is to decode no more", () => {
       const [off, on] = i % 2 === 0 ? (["w0", "w1"] as const) : (["w1", "w0"] as const)
       await configure(cluster, on, { roles: ["prefill", "decode"] })
       await configure(cluster, off, { roles: i < 3 ? ["prefill"] : [] })
+      const to = (verb: string) => subject(cluster!.node.namespace, "scheduler", anyId, verb)
+      const key = { requestId: `asked ${i}`, attempt: 0 }
+      const placed = await Effect.runPromise(cluster.link.ask(Place, to(Place.verb), { ...key, tokens: 1, hashes: new Uint8Array(0), choices: 1, maxTokens: 1, exclude: [] }, { hop: "scheduler" }))
+      expect(placed.decode).toBe(on)
+      await Effect.runPromise(cluster.link.tell(Release, to(Release.verb), key))
       const before = countersOf(cluster, off)
       await Promise.all(upTo(4).map((n) => cluster!.generate({ prompt: `${i} ${n} ${story}` })))
       expect(countersOf(cluster, off)).toMatchObject({ outputTokens: before.outputTokens, ...(i < 3 ? {} : { promptTokens: before.promptTokens }) })
@@ -237,6 +243,22 @@ it("a prompt that is being computed for a worker which is drained is computed fo
       await drain(cluster, "d0")
       expect((await answer).tokens).toEqual(whole.tokens)
     }
+    // Given away more often than it may fail, before its first token.
+    const kernels = cluster.node.workers.get("p0")!.kernels
+    const step = kernels.step.bind(kernels)
+    const slow = vi.spyOn(kernels, "step").mockImplementation(async (...batch) => {
+      await new Promise((resolve) => setTimeout(resolve, 100))
+      return step(...batch)
+    })
+    const answer = cluster.generate({ prompt, cacheSalt: "to and fro" })
+    for (const i of upTo(limits.placementAttempts + 2)) {
+      const [from, to] = i % 2 === 0 ? (["d1", "d0"] as const) : (["d0", "d1"] as const)
+      await until(() => engineOf(cluster, from).requestIds.length > 0)
+      await configure(cluster, to, { roles: ["decode"] })
+      expect((await drain(cluster, from, 0)).moved).toBe(1)
+    }
+    slow.mockRestore()
+    expect((await answer).tokens).toEqual(whole.tokens)
     await cluster.untilIdle()
   } finally {
     await cluster.stop()

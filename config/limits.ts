@@ -29,6 +29,18 @@ export const limits = {
   busDrainDeadlineMs: 1_000,
   /** Subjects that a NATS server has refused to take from this process and that are remembered, so that it is not asked again. */
   busRefusedSubjects: 256,
+  /** A cluster is led by one node until it has not renewed its lease for this long; it renews it with each heartbeat. */
+  leaderLeaseMs: 5_000,
+  /** Silence of a node after which what it runs is placed elsewhere. */
+  nodeLossMs: 8_000,
+  /** Longest wait of an agent for another one of its name on this machine to end. */
+  agentLockDeadlineMs: 5_000,
+  /** A process of a node goes on for so long without an agent, which may come back and adopt it. */
+  orphanLeaseMs: 60_000,
+  /** Longest wait of a node for all of a new assignment to serve, on all nodes, before it stops what is not part of it. */
+  assignmentDeadlineMs: 180_000,
+  /** A cluster's bucket is looked at this often, beside whenever a write is heard of. */
+  bucketPollMs: 1_000,
   /** Longest wait for a spawned nats-server to listen. */
   natsServerStartDeadlineMs: 10_000,
   /** Time that a nats-server has to end before it is killed. */
@@ -243,6 +255,8 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.streamKeepAliveMs * 3 <= limits.streamSilenceMs, "streamKeepAliveMs * 3 <= streamSilenceMs"],
   [limits.streamSilenceMs * 2 <= limits.fenceMs, "streamSilenceMs * 2 <= fenceMs"],
   [limits.heartbeatIntervalMs * 3 <= limits.heartbeatSilenceMs, "heartbeatIntervalMs * 3 <= heartbeatSilenceMs"],
+  [limits.heartbeatIntervalMs * 5 <= limits.leaderLeaseMs, "heartbeatIntervalMs * 5 <= leaderLeaseMs"],
+  [limits.heartbeatSilenceMs * 2 <= limits.nodeLossMs, "heartbeatSilenceMs * 2 <= nodeLossMs"],
   [limits.maxPayloadBytes <= limits.busConfirmBytes, "maxPayloadBytes <= busConfirmBytes"],
   [limits.busConfirmBytes * 16 <= limits.busPendingBytes, "busConfirmBytes * 16 <= busPendingBytes"],
   [limits.kvWindowBytes * 16 <= limits.busPendingBytes, "kvWindowBytes * 16 <= busPendingBytes"],

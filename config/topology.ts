@@ -4,7 +4,7 @@ import { autoOr, bytes, distinctiveKey, duration, exactly, field, integer, key, 
 import { limits } from "./limits.ts"
 import { modelNames } from "./models.ts"
 
-/** Of clusters, workers and stores: a token of a NATS subject. */
+/** Of clusters, workers, stores and nodes: a token of a NATS subject. */
 export const namePattern = /^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$/
 
 const name = text("a name of letters, digits, - and _ (at most 63)", namePattern)
@@ -32,7 +32,7 @@ export interface NatsAddress {
 export type Bus = "memory" | { readonly nats: NatsAddress | { readonly spawn: true } }
 
 /** No user or password in it: these would be shown with the topology. */
-const isNatsUrl = (found: unknown): found is string => {
+export const isNatsUrl = (found: unknown): found is string => {
   if (typeof found !== "string" || !URL.canParse(found)) return false
   const { protocol, hostname, username, password, pathname } = new URL(found)
   return (protocol === "nats:" || protocol === "tls:") && hostname !== "" && username === "" && password === "" && (pathname === "" || pathname === "/")
@@ -143,7 +143,7 @@ const labels = field({
 const worker = Schema.Struct({
   name: requiredKey("Its name, which no other worker has.", name),
   roles: key("What it does; over all workers each role is somebody's.", listOf("roles", roles), ["prefill", "decode"]),
-  labels: key("What the node that it runs on must be labelled with, all of it.", labels, {}),
+  labels: key("What the node of a cluster that it runs on must be labelled with, all of it; `up` runs all workers here.", labels, {}),
   device: key("Where it computes.", text("cpu, cuda or cuda:N", /^(cpu|cuda(:\d{1,3})?)$/, { examples: ["cpu", "cuda", "cuda:0"] }), "cpu"),
   threads: key("How many compute; `auto` is PENSTOCK_THREADS, or else all cores of the machine.", autoOr(1, 1024, "threads"), "auto"),
   kv: key("Its KV pool.", kv, {}),

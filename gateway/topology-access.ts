@@ -32,7 +32,7 @@ export interface TopologyAccess {
    */
   readonly put: (text: string, options: { readonly dryRun: boolean; readonly ifRevision: string | undefined }) => Promise<{ readonly revision: string; readonly plan: ReadonlyArray<string> }>
   /** @throws WorkerError */
-  readonly drain: (worker: string, undo: boolean) => void
+  readonly drain: (name: string, undo: boolean) => void | Promise<void>
 }
 
 /** Somebody else was first. */

@@ -42,12 +42,12 @@ export const putTopology: Handler = Effect.fnUntraced(function* (gateway, call) 
 
 export const drainWorker: Handler = Effect.fnUntraced(function* (gateway, call) {
   const received = yield* readJson(gateway, call)
-  return yield* attempt(() => {
+  return yield* attempt(async () => {
     const { worker, undo = false } = (typeof received === "object" && received !== null ? received : {}) as { readonly worker?: unknown; readonly undo?: unknown }
     if (typeof worker !== "string") throw invalid("worker", "expected the name of a worker of the topology")
     if (typeof undo !== "boolean") throw invalid("undo", "expected true or false")
     try {
-      accessOf(gateway).drain(worker, undo)
+      await accessOf(gateway).drain(worker, undo)
     } catch (error) {
       if (error instanceof WorkerError) throw new ApiError({ status: 409, type: "invalid_request_error", code: "cannot_drain", message: error.message })
       throw error

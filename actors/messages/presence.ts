@@ -33,8 +33,25 @@ export const StorePresence = Schema.Struct({
 })
 export type StorePresence = typeof StorePresence.Type
 
+/** A machine that runs a part of a cluster's topology: what it says of itself in the namespace of nodes. */
+export const NodePresence = Schema.Struct({
+  labels: Schema.Record(Schema.String, Schema.String),
+  cores: count,
+  memoryBytes: count,
+  /** Where its gateway answers, if it has one. */
+  gateway: Schema.optional(Schema.String),
+  /** What it runs. */
+  components: Schema.Array(Schema.Struct({ kind: Schema.String, id: Schema.String, generation: Schema.String })),
+  /** Of the assignment that it follows, in the bucket; 0: none. */
+  revision: count,
+  state: Schema.Literals(["waiting", "changing", "settled", "failed"]),
+  /** Why it has failed, or what it is at. */
+  detail: Schema.optional(Schema.String),
+})
+export type NodePresence = typeof NodePresence.Type
+
 export const PresenceMessage = Schema.Struct({
-  kind: Schema.Literals(["request", "scheduler", "worker", "kv-store"]),
+  kind: Schema.Literals(["request", "scheduler", "worker", "kv-store", "node"]),
   id: Schema.String,
   /** Name of the machine. */
   node: Schema.String,
@@ -44,6 +61,9 @@ export const PresenceMessage = Schema.Struct({
   state: Schema.Literals(["serving", "leaving"]),
   worker: Schema.optional(WorkerPresence),
   store: Schema.optional(StorePresence),
+  machine: Schema.optional(NodePresence),
+  /** The node of the cluster that runs it, where there is one. */
+  agent: Schema.optional(Schema.String),
 })
 export type PresenceMessage = typeof PresenceMessage.Type
 export const Presence = defineTell("presence", PresenceMessage)

@@ -18,6 +18,9 @@ export const anyId = "any"
 /** In place of a generation, where a process belongs to none. */
 export const everyGeneration = "all"
 
+/** Where the nodes of a cluster say what they are: in place of a generation, since they run several. */
+export const nodesNamespace = (cluster: string): string => namespaceOf(cluster, "nodes")
+
 /** What the actors of one generation are told to speak in: see actors/node/generation.ts. */
 export const namespaceOf = (cluster: string, generation: string): string => `${cluster}.${generation}`
 
@@ -105,7 +108,7 @@ export const permissions = (cluster: string, kind: ProcessKind, id = "*"): Permi
       ...begins.flatMap(({ to, verbs }) => verbs.map((verb) => subject(namespace, to, "*", verb))),
       ...partners.map((partner) => `${inboxPrefix(namespace, partner, "*")}.>`),
       ...transfers,
-      ...(kind === "node" ? [] : [presenceSubject(namespace)]),
+      presenceSubject(namespace),
       ...agreed,
     ]),
     subscribe: unique([
@@ -113,6 +116,7 @@ export const permissions = (cluster: string, kind: ProcessKind, id = "*"): Permi
       `${inboxPrefix(namespace, kind, id)}.>`,
       ...transfers,
       presenceSubject(namespace), // who serves
+      ...(kind === "node" ? [`$KV.${topologyBucket(cluster)}.>`] : []),
     ]),
   }
 }

@@ -17,21 +17,29 @@ export interface BridgeBuses extends Buses {
 
 const both = (buses: BridgeBuses, change: (bus: BridgeBus) => Promise<void>) => Promise.all([change(buses.control), change(buses.bulk)])
 
-const inboxes = (cluster: string): string => inboxPrefix(namespaceOf(cluster, everyGeneration), "gateway", "g0")
+/** Whom a process is for others: that of `up`, unless it is a node's. */
+export interface BusUser {
+  readonly kind: "gateway" | "node"
+  readonly id: string
+}
+
+const upUser: BusUser = { kind: "gateway", id: "g0" }
+
+const inboxes = (cluster: string, { kind, id }: BusUser): string => inboxPrefix(namespaceOf(cluster, everyGeneration), kind, id)
 
 /** Buses of a process that is alone at first, until the Scope closes. */
-export const openBuses = (cluster: string): Effect.Effect<BridgeBuses, never, Scope.Scope> =>
+export const openBuses = (cluster: string, user: BusUser = upUser): Effect.Effect<BridgeBuses, never, Scope.Scope> =>
   Effect.acquireRelease(
-    Effect.sync(() => ({ control: new BridgeBus({ inboxPrefix: inboxes(cluster) }), bulk: new BridgeBus({ inboxPrefix: inboxes(cluster) }) })),
+    Effect.sync(() => ({ control: new BridgeBus({ inboxPrefix: inboxes(cluster, user) }), bulk: new BridgeBus({ inboxPrefix: inboxes(cluster, user) }) })),
     (buses) => Effect.promise(() => both(buses, (bus) => bus.close())),
   )
 
 /** Joins buses to those of other processes until the Scope closes, which leaves them alone again and closes the connections. */
-export const joinNats = (buses: BridgeBuses, cluster: string, nats: NatsAddress): Effect.Effect<void, WorkerError, Scope.Scope> =>
+export const joinNats = (buses: BridgeBuses, cluster: string, nats: NatsAddress, user: BusUser = upUser): Effect.Effect<void, WorkerError, Scope.Scope> =>
   Effect.gen(function* () {
     const attempt = <A>(run: () => Promise<A>) => Effect.tryPromise({ try: run, catch: (error) => new WorkerError(error instanceof Error ? error.message : String(error)) })
     const uplinks = yield* Effect.acquireRelease(
-      attempt(() => connectBuses({ ...natsOfRole(nats, "gateway"), name: "gateway g0", inboxPrefix: inboxes(cluster) })),
+      attempt(() => connectBuses({ ...natsOfRole(nats, user.kind), name: `${user.kind} ${user.id}`, inboxPrefix: inboxes(cluster, user) })),
       ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])),
     )
     yield* Effect.addFinalizer(() => Effect.promise(() => both(buses, (bus) => bus.detach())))

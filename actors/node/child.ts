@@ -1,19 +1,28 @@
 /**
  * The process of one component: it is told what to run over its channel to the supervisor, and runs it until it is told to
- * stop or the supervisor is gone. It ignores what is meant for the whole group, such as Ctrl-C.
+ * stop or the supervisor is gone, and on a cluster's node, none comes back. It ignores what is meant for the whole group, such as Ctrl-C.
  */
 import { setTimeout as setTimeoutPromise } from "node:timers/promises"
 import { Deferred, Effect } from "effect"
 import { readEnv } from "../../config/env.ts"
 import { limits } from "../../config/limits.ts"
 import { natsOfRole } from "../../config/topology.ts"
-import { inboxPrefix } from "../messages/subjects.ts"
+import { inboxPrefix, subject } from "../messages/subjects.ts"
+import { Drain } from "../messages/worker.ts"
+import { Link } from "../runtime/link.ts"
 import { connectBuses } from "../runtime/nats-bus.ts"
 import { telemetry } from "../runtime/telemetry.ts"
+import { ChildControl } from "./child-control.ts"
 import { runComponent } from "./component.ts"
 import type { ChildOrder, ChildReport } from "./component-process.ts"
 
-const report = (message: ChildReport): Promise<void> => new Promise((resolve) => (process.connected ? process.send?.(message, () => resolve()) : resolve()))
+/** Where another supervisor may take over. */
+let control: ChildControl | undefined
+
+const report = (message: ChildReport): Promise<void> => {
+  control?.report(message)
+  return new Promise((resolve) => (process.connected ? process.send?.(message, () => resolve()) : resolve()))
+}
 
 /** Says again and again that this process has not stopped; its supervisor kills it when it hears nothing. */
 const sayAlive = async (): Promise<never> => {
@@ -26,7 +35,7 @@ const sayAlive = async (): Promise<never> => {
 process.on("SIGINT", () => {})
 process.on("SIGHUP", () => {})
 
-const run = async ({ component, topology, model, namespace, nats }: ChildOrder): Promise<number> => {
+const run = async ({ component, topology, model, namespace, nats, agent, ...order }: ChildOrder): Promise<number> => {
   const stop = Deferred.makeUnsafe<void>()
   const stopNow = () => {
     // A shutdown that hangs is cut off, also where nobody is left to kill this process.
@@ -34,7 +43,24 @@ const run = async ({ component, topology, model, namespace, nats }: ChildOrder):
     Effect.runSync(Deferred.succeed(stop, undefined))
   }
   process.on("SIGTERM", stopNow)
-  process.on("disconnect", stopNow)
+  const epoch = Math.max(Date.now(), order.epoch ?? 0)
+  let blocks: number | undefined
+  let serves = false
+  let link: Link | undefined
+  const expired = async () => {
+    console.error(`${component.kind} ${component.id}: no supervisor has come back within ${limits.orphanLeaseMs / 1000} s; this process ends`)
+    if (component.kind === "worker" && link !== undefined) {
+      const drained = link.ask(Drain, subject(namespace, "worker", component.id, Drain.verb), { deadlineMs: limits.drainDeadlineMs }, { hop: "this worker", deadlineMs: limits.drainDeadlineMs + limits.askDeadlineMs })
+      await Effect.runPromise(Effect.ignore(drained))
+    }
+    stopNow()
+  }
+  if (order.control === undefined) process.on("disconnect", stopNow)
+  else {
+    const opened = new ChildControl(order.control, () => ({ type: "hello", pid: process.pid, component, epoch, ready: serves, blocks }), () => void expired())
+    control = opened
+    process.on("disconnect", () => opened.orphaned())
+  }
   const name = `${component.kind} ${component.id}`
   const env = readEnv()
   const tracing = telemetry({ endpoint: env.otlpEndpoint ?? topology.telemetry.otlp ?? undefined, cluster: topology.cluster, component })
@@ -44,12 +70,13 @@ const run = async ({ component, topology, model, namespace, nats }: ChildOrder):
       Effect.tryPromise({ try: () => connectBuses({ ...natsOfRole(nats, component.kind), name, inboxPrefix: prefix }), catch: (error) => error as Error }),
       ({ control, bulk }) => Effect.promise(() => Promise.all([control.close(), bulk.close()])),
     )
-    let blocks: number | undefined
+    link = new Link(buses.control, name, epoch)
     const ready = Effect.promise(async () => {
+      serves = true
       await report({ type: "ready", blocks })
       void sayAlive()
     })
-    yield* Effect.raceFirst(runComponent(component, Date.now(), { topology, model, namespace, env, buses, onWorker: ({ kernels }) => (blocks = kernels.info.blocks) }, ready), Deferred.await(stop))
+    yield* Effect.raceFirst(runComponent(component, epoch, { topology, model, namespace, env, buses, agent, onWorker: ({ kernels }) => (blocks = kernels.info.blocks) }, ready), Deferred.await(stop))
   })
   try {
     await Effect.runPromise(Effect.scoped(program).pipe(Effect.provide(tracing)))
@@ -57,6 +84,8 @@ const run = async ({ component, topology, model, namespace, nats }: ChildOrder):
   } catch (error) {
     await report({ type: "failed", message: error instanceof Error ? error.message : String(error) })
     return 1
+  } finally {
+    control?.close()
   }
 }
 

@@ -1,12 +1,13 @@
 /**
  * A component in a process of its own: started, told what to run, waited for, and ended by its process id.
  */
-import { spawn, type ChildProcess } from "node:child_process"
+import { spawn } from "node:child_process"
 import { fileURLToPath } from "node:url"
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
 import { programArguments } from "../../config/programs.mjs"
 import type { NatsAddress, Topology } from "../../config/topology.ts"
+import type { AdoptedChild } from "./adopted-child.ts"
 import type { Component } from "./component.ts"
 import type { ResolvedModel } from "./fetch-model.ts"
 import { WorkerError } from "./worker.ts"
@@ -18,6 +19,33 @@ export interface ChildOrder {
   readonly model: ResolvedModel
   readonly namespace: string
   readonly nats: NatsAddress
+  /** The least that it runs under. */
+  readonly epoch?: number
+  /** The node of a cluster that it is part of. */
+  readonly agent?: string | undefined
+  /** The socket on which it waits for another supervisor when this one is gone; absent: it ends with its supervisor. */
+  readonly control?: string | undefined
+}
+
+/** What a supervisor needs of a process: one of its own, or one that it has adopted. */
+export interface SupervisedChild {
+  readonly pid?: number | undefined
+  readonly exitCode: number | null
+  readonly signalCode: NodeJS.Signals | null
+  kill(signal: NodeJS.Signals): boolean
+  on(event: "message", listener: (report: ChildReport) => void): unknown
+  once(event: "error", listener: (error: Error) => void): unknown
+  once(event: "exit", listener: (code: number | null, signal: NodeJS.Signals | null) => void): unknown
+  removeListener(event: "message", listener: (report: ChildReport) => void): unknown
+}
+
+export interface ProcessOptions {
+  /** Told how many blocks its pool has, where it is a worker, before it serves. */
+  readonly onBlocks?: (blocks: number | undefined) => void
+  readonly onStarted?: (pid: number) => void
+  readonly onEnded?: (pid: number) => void
+  /** One that runs already, in place of a new one. */
+  readonly adopted?: AdoptedChild | undefined
 }
 
 /** A worker's `blocks`: how many its pool was made with. */
@@ -25,17 +53,21 @@ export type ChildReport = { readonly type: "ready"; readonly blocks: number | un
 
 const program = fileURLToPath(new URL("./child.ts", import.meta.url))
 
-/**
- * Runs a component's process until it ends, which is a failure, or the Scope closes, which ends it.
- * @param onBlocks told how many blocks its pool has, where it is a worker, before it serves
- */
-export const componentProcess = (order: ChildOrder, ready: Effect.Effect<void>, onBlocks: (blocks: number | undefined) => void = () => {}): Effect.Effect<never, WorkerError, Scope.Scope> =>
+const spawnChild = (order: ChildOrder): SupervisedChild => {
+  const child = spawn(process.execPath, [...programArguments(program)], { stdio: ["ignore", "inherit", "inherit", "ipc"], serialization: "advanced" })
+  child.send(order, () => {}) // one that cannot be told says why by its end
+  return child
+}
+
+/** Runs a component's process until it ends, which is a failure, or the Scope closes, which ends it. */
+export const componentProcess = (order: ChildOrder, ready: Effect.Effect<void>, { onBlocks, onStarted, onEnded, adopted }: ProcessOptions = {}): Effect.Effect<never, WorkerError, Scope.Scope> =>
   Effect.gen(function* () {
     const name = `${order.component.kind} ${order.component.id}`
     const child = yield* Effect.acquireRelease(
-      Effect.sync(() => spawn(process.execPath, [...programArguments(program)], { stdio: ["ignore", "inherit", "inherit", "ipc"], serialization: "advanced" })),
-      end,
+      Effect.sync((): SupervisedChild => adopted ?? spawnChild(order)),
+      (started) => Effect.andThen(end(started), Effect.sync(() => started.pid !== undefined && onEnded?.(started.pid))),
     )
+    if (child.pid !== undefined) onStarted?.(child.pid)
     let said: string | undefined
     const ended = Effect.callback<never, WorkerError>((resume) => {
       const fail = (how: string) => resume(Effect.fail(new WorkerError(said ?? `${name} (process ${child.pid}) ${how}`)))
@@ -48,14 +80,14 @@ export const componentProcess = (order: ChildOrder, ready: Effect.Effect<void>, 
       })
     })
     const serving = Effect.callback<void>((resume) => {
-      child.on("message", (report: ChildReport) => {
+      const hear = (report: ChildReport) => {
         if (report.type === "ready") {
-          onBlocks(report.blocks)
+          onBlocks?.(report.blocks)
           resume(Effect.void)
-        }
-        else if (report.type === "failed") said = report.message
-      })
-      child.send(order)
+        } else if (report.type === "failed") said = report.message
+      }
+      child.on("message", hear)
+      if (adopted?.hello.ready === true) hear({ type: "ready", blocks: adopted.hello.blocks })
     }).pipe(
       Effect.timeoutOrElse({ duration: limits.componentStartDeadlineMs, orElse: () => Effect.fail(new WorkerError(`${name} did not serve within ${limits.componentStartDeadlineMs} ms`)) }),
       Effect.andThen(ready),
@@ -73,7 +105,7 @@ const silentBeats = Math.ceil((2 * limits.heartbeatSilenceMs) / limits.heartbeat
  * its channel rather than the bus, whose outage says nothing of the process. Beats are counted, not time: where this process
  * itself was stopped, words that wait for it are read before the next beat.
  */
-const silent = (child: ChildProcess): Effect.Effect<void> =>
+const silent = (child: SupervisedChild): Effect.Effect<void> =>
   Effect.callback<void>((resume) => {
     let beats = 0
     const heard = () => (beats = 0)
@@ -91,7 +123,7 @@ const silent = (child: ChildProcess): Effect.Effect<void> =>
   })
 
 /** SIGTERM, and SIGKILL for one that does not heed it in time. */
-const end = (child: ChildProcess): Effect.Effect<void> =>
+const end = (child: SupervisedChild): Effect.Effect<void> =>
   Effect.callback<void>((resume) => {
     if (child.exitCode !== null || child.signalCode !== null || child.pid === undefined) return resume(Effect.void)
     const kill = setTimeout(() => child.kill("SIGKILL"), limits.shutdownDeadlineMs / 2)

@@ -37,6 +37,8 @@ export interface ComponentContext {
   readonly namespace: string
   readonly env: Env
   readonly buses: Buses
+  /** The node of a cluster that it is part of. */
+  readonly agent?: string | undefined
   /** Called with a worker that serves, where it runs in this process. */
   readonly onWorker?: (running: RunningWorker) => void
 }
@@ -81,7 +83,7 @@ export const runComponent = (component: Component, epoch: number, context: Compo
       })
       yield* requestActor({ link, namespace, id, model: served, members: yield* Members.listen(buses.control, namespace) })
     }
-    yield* announce({ link, namespace, kind, id, store: store?.figures })
+    yield* announce({ link, namespace, kind, id, store: store?.figures, agent: context.agent })
     yield* ready
     return yield* Effect.never
   })
@@ -123,5 +125,5 @@ const runWorker = (id: string, epoch: number, context: ComponentContext, ready: 
       maxContext: contextTokens,
     }
     const serving = (running: RunningWorker) => Effect.andThen(Effect.sync(() => context.onWorker?.(running)), ready)
-    return yield* worker({ buses, namespace, id, roles, maxBatch, formatId: formatOf(context), kernels }, epoch, serving)
+    return yield* worker({ buses, namespace, id, roles, maxBatch, formatId: formatOf(context), kernels, agent: context.agent }, epoch, serving)
   })

@@ -13,6 +13,8 @@ import { Fault } from "../runtime/fault.ts"
 import { Link } from "../runtime/link.ts"
 import { supervise } from "../runtime/supervisor.ts"
 import type { NatsAddress } from "../../config/topology.ts"
+import { AdoptedChild } from "./adopted-child.ts"
+import { endProcess, startTimeOf, type ChildRecord, type ChildRecords } from "./child-records.ts"
 import { componentProcess } from "./component-process.ts"
 import { runComponent } from "./component.ts"
 import { isTwiceForAMoment } from "./plan.ts"
@@ -25,6 +27,8 @@ export interface HostingOptions {
   readonly buses: Buses
   /** The server that processes connect to, where there is one now. */
   readonly nats: () => NatsAddress | undefined
+  /** On a cluster's node: its name, and where it writes down what it runs, so that a later agent adopts it. */
+  readonly node?: { readonly name: string; readonly records: ChildRecords }
 }
 
 interface Hosted {
@@ -34,6 +38,8 @@ interface Hosted {
   readonly scope: Scope.Closeable
   /** Where it is in this process; one that is being restarted is the last one that ran. */
   worker: RunningWorker | undefined
+  /** Brings what is written down of its process up to date. */
+  recorded?: () => void
 }
 
 /** Requests first, so that they end while what they hold can still be freed. */
@@ -65,6 +71,35 @@ export class Hosting {
   /** Workers of a generation in this process, by name. */
   workers(generation: string): ReadonlyMap<string, RunningWorker> {
     return new Map([...this.#hosted.values()].flatMap(({ planned, worker }) => (worker === undefined || planned.generation !== generation ? [] : [[planned.id, worker] as const])))
+  }
+
+  /**
+   * Takes over what an earlier agent of this node has left running, and ends what does not answer or does not belong here.
+   * Returns the names of what goes on.
+   */
+  adopt(cluster: string): Effect.Effect<ReadonlyArray<string>> {
+    const { node, nats } = this.#options
+    const fits = ({ wanted, nats: address }: ChildRecord) => wanted.topology.cluster === cluster && JSON.stringify(address) === JSON.stringify(nats())
+    return Effect.map(
+      Effect.forEach(
+        node?.records.all() ?? [],
+        (record) =>
+          Effect.gen({ self: this }, function* () {
+            const { planned, wanted } = record
+            const child = fits(record) && !this.#hosted.has(keyOf(planned)) ? yield* Effect.promise(() => AdoptedChild.adopt(record)) : undefined
+            const hosted = child === undefined ? undefined : yield* Effect.option(this.#launch(planned, wanted, child))
+            if (hosted !== undefined && Option.isSome(hosted)) {
+              this.#hosted.set(keyOf(planned), hosted.value)
+              return [`${planned.kind} ${planned.id}`]
+            }
+            if (hosted === undefined) yield* Effect.promise(() => endProcess(record))
+            node?.records.forget(record.pid)
+            return []
+          }),
+        { concurrency: "unbounded" },
+      ),
+      (names) => names.flat(),
+    )
   }
 
   /** Returns when it serves. Nothing of it is left where it cannot. */
@@ -109,12 +144,17 @@ export class Hosting {
       yield* planned.kind === "worker" ? this.#configureWorker(planned, hosted) : this.#configureScheduler(planned, hosted)
       hosted.planned = { ...planned, pool: hosted.planned.pool }
       hosted.wanted = wanted
+      hosted.recorded?.()
     }).pipe(Effect.mapError((error) => new WorkerError(error.message)))
   }
 
   /** Has those of a generation start again, should they have to, as this topology says. */
   follow(generation: string, wanted: Wanted): void {
-    for (const hosted of this.#hosted.values()) if (hosted.planned.generation === generation) hosted.wanted = wanted
+    for (const hosted of this.#hosted.values()) {
+      if (hosted.planned.generation !== generation) continue
+      hosted.wanted = wanted
+      hosted.recorded?.()
+    }
   }
 
   /** Takes all roles from a worker; what it decodes goes on elsewhere. One that does not answer has nothing that could. */
@@ -123,6 +163,7 @@ export class Hosting {
       const hosted = this.#hosted.get(keyOf(planned))
       if (hosted === undefined) return undefined
       hosted.planned = { ...hosted.planned, roles: [] }
+      hosted.recorded?.()
       const [hop, deadlineMs] = [`worker ${planned.id}`, limits.drainDeadlineMs]
       const asked = this.#link.ask(Drain, this.#subjectOf(hosted, Drain.verb), { deadlineMs }, { hop, deadlineMs: deadlineMs + limits.askDeadlineMs })
       return yield* Effect.orElseSucceed(asked, () => undefined)
@@ -147,22 +188,23 @@ export class Hosting {
     return Effect.asVoid(this.#link.ask(ConfigureScheduler, this.#subjectOf(hosted, ConfigureScheduler.verb), { policy: String(live["policy"]), queue: Number(live["queue"]) }, { hop: `scheduler ${id}` }))
   }
 
-  #launch(planned: PlannedComponent, wanted: Wanted): Effect.Effect<Hosted, WorkerError> {
+  #launch(planned: PlannedComponent, wanted: Wanted, adopted?: AdoptedChild): Effect.Effect<Hosted, WorkerError> {
     return Effect.gen({ self: this }, function* () {
       const hosted: Hosted = { planned, wanted, scope: yield* Scope.make("parallel"), worker: undefined }
       this.#starting.add(hosted)
       const late = new WorkerError(`${planned.kind} ${planned.id} did not serve within ${limits.componentStartDeadlineMs / 1000} s`)
-      const started = Scope.provide(this.#supervised(hosted), hosted.scope).pipe(Effect.timeoutOrElse({ duration: limits.componentStartDeadlineMs, orElse: () => Effect.fail(late) }))
+      const started = Scope.provide(this.#supervised(hosted, adopted), hosted.scope).pipe(Effect.timeoutOrElse({ duration: limits.componentStartDeadlineMs, orElse: () => Effect.fail(late) }))
       yield* Effect.onExit(started, (exit) => (Exit.isSuccess(exit) ? Effect.void : this.#end(hosted)))
       this.#starting.delete(hosted)
       return hosted
     })
   }
 
-  #supervised(hosted: Hosted): Effect.Effect<void, WorkerError, Scope.Scope> {
-    const { env, buses } = this.#options
+  #supervised(hosted: Hosted, adopted?: AdoptedChild): Effect.Effect<void, WorkerError, Scope.Scope> {
+    const { env, buses, node } = this.#options
     const { kind, id, generation, host } = hosted.planned
-    let epoch = Date.now()
+    let first = adopted // only once: what follows it is new
+    let epoch = Math.max(Date.now(), hosted.wanted.epochs?.[`${kind} ${id}`] ?? 0, adopted?.hello.epoch ?? 0)
     return supervise(`${kind} ${id}`, (ready) => {
       const { planned, wanted } = hosted
       const { model } = wanted
@@ -180,7 +222,28 @@ export class Hosting {
       }
       const nats = this.#options.nats()
       if (nats === undefined) return Effect.fail(new WorkerError(`${kind} ${id}: there is no NATS server to reach it by`))
-      return componentProcess({ component: { kind, id }, topology, model, namespace, nats }, ready, hasPool)
+      const order = { component: { kind, id }, topology, model, namespace, nats, epoch: epoch++ }
+      if (node === undefined) return componentProcess(order, ready, { onBlocks: hasPool })
+      const { name, records } = node
+      const taken = first
+      first = undefined
+      const control = taken?.control ?? records.newControl()
+      return componentProcess({ ...order, agent: name, control }, ready, {
+        adopted: taken,
+        onBlocks: (blocks) => {
+          hasPool(blocks)
+          hosted.recorded?.()
+        },
+        onStarted: (pid) => {
+          const startedAt = startTimeOf(pid)
+          hosted.recorded = () => void (startedAt !== undefined && records.keep({ pid, startedAt, control, planned: hosted.planned, wanted: hosted.wanted, nats }))
+          hosted.recorded()
+        },
+        onEnded: (pid) => {
+          hosted.recorded = undefined
+          records.forget(pid)
+        },
+      })
     })
   }
 

@@ -11,7 +11,7 @@ import { atOnce, describe, plan, type Step } from "./plan.ts"
 import { ServedGenerations, type ServedGeneration } from "./served-generations.ts"
 import { type Settings, type System } from "./system.ts"
 import type { Uplink } from "./uplink.ts"
-import { systemOf, type Wanted } from "./wanted.ts"
+import { generationIn, systemOf, type Wanted } from "./wanted.ts"
 import { WorkerError } from "./worker.ts"
 
 /** What stands in front of the actors. */
@@ -52,10 +52,17 @@ export class Reconciler {
     this.#options = options
   }
 
-  /** Brings up a first topology; fails where a step of it does. From then on the loop runs until the Scope closes. */
-  static readonly start = (options: ReconcilerOptions, wanted: Wanted): Effect.Effect<Reconciler, WorkerError, Scope.Scope> =>
+  /**
+   * Brings up a first topology; fails where a step of it does. From then on the loop runs until the Scope closes. Without a
+   * topology it waits for one, and what runs already stays.
+   */
+  static readonly start = (options: ReconcilerOptions, wanted: Wanted | undefined): Effect.Effect<Reconciler, WorkerError, Scope.Scope> =>
     Effect.gen(function* () {
       const reconciler = new Reconciler(options)
+      if (wanted === undefined) {
+        yield* Effect.forkScoped(reconciler.#loop(undefined))
+        return reconciler
+      }
       reconciler.#target = { wanted, system: systemOf(wanted) }
       const change = yield* reconciler.#settle(reconciler.#target)
       if (change.outcome !== "done") return yield* Effect.fail(new WorkerError(change.error ?? "it could not be started"))
@@ -121,13 +128,13 @@ export class Reconciler {
     return roles.every(isLeft) ? drained : new Set()
   }
 
-  #loop(settled: Target): Effect.Effect<never> {
+  #loop(settled: Target | undefined): Effect.Effect<never> {
     return Effect.gen({ self: this }, function* () {
       let last = settled
       let retryMs: number = limits.reconcileRetryMs
       for (;;) {
         const newer = this.#newer
-        const target = this.#target!
+        const target = this.#target
         const failed = this.#changes[0]?.outcome === "failed"
         if (target === last) {
           yield* failed ? Effect.ignore(Effect.timeout(Deferred.await(newer), retryMs)) : Deferred.await(newer)
@@ -155,8 +162,9 @@ export class Reconciler {
         return change
       }
       this.#options.onChange?.(change)
-      if (target.system.generation !== undefined) {
-        const known = yield* Effect.exit(this.#options.generations.learn(target.system.generation.id, target.wanted))
+      // Another one is an earlier one's, which stays as it was learnt.
+      if (target.system.generation?.id === generationIn(target.wanted)) {
+        const known = yield* Effect.exit(this.#options.generations.learn(generationIn(target.wanted), target.wanted))
         if (Exit.isFailure(known)) return end("failed", reasonOf(known.cause))
       }
       for (let at = 0; at < steps.length; ) {
@@ -175,10 +183,10 @@ export class Reconciler {
       if (this.#target !== target) return end("superseded")
       const left = plan(this.actual, target.system)
       if (left.length > 0) return end("failed", `still to do: ${left.map(describe).join("; ")}`)
-      yield* this.#options.generations.keep(new Set(this.actual.components.map(({ generation }) => generation)))
+      yield* this.#options.generations.keep(new Set([...this.actual.components.map(({ generation }) => generation), ...(this.#generation === undefined ? [] : [this.#generation.id])]))
       const current = target.system.generation === undefined ? undefined : this.#options.generations.get(target.system.generation.id)
       if (current !== undefined) {
-        this.#options.hosting.follow(current.id, target.wanted)
+        if (current.id === generationIn(target.wanted)) this.#options.hosting.follow(current.id, target.wanted)
         this.#options.front.switchTo(current) // its name or its context may be another
       }
       return end("done")

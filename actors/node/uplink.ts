@@ -4,7 +4,7 @@
  */
 import { Effect, Exit, Scope } from "effect"
 import type { NatsAddress, Topology } from "../../config/topology.ts"
-import { joinNats, type BridgeBuses } from "./buses.ts"
+import { joinNats, type BridgeBuses, type BusUser } from "./buses.ts"
 import { superviseNatsServer } from "./nats-server.ts"
 import { WorkerError } from "./worker.ts"
 
@@ -16,16 +16,18 @@ interface Joined {
 
 export class Uplink {
   readonly #buses: BridgeBuses
+  readonly #user: BusUser | undefined
   #joined: Joined | undefined
 
-  private constructor(buses: BridgeBuses) {
+  private constructor(buses: BridgeBuses, user: BusUser | undefined) {
     this.#buses = buses
+    this.#user = user
   }
 
   /** Leaves when the Scope closes. */
-  static readonly make = (buses: BridgeBuses): Effect.Effect<Uplink, never, Scope.Scope> =>
+  static readonly make = (buses: BridgeBuses, user?: BusUser): Effect.Effect<Uplink, never, Scope.Scope> =>
     Effect.acquireRelease(
-      Effect.sync(() => new Uplink(buses)),
+      Effect.sync(() => new Uplink(buses, user)),
       (uplink) => uplink.leave(),
     )
 
@@ -40,14 +42,14 @@ export class Uplink {
   }
 
   /** Starts the topology's own nats-server where it asks for one, and connects. Nothing of it is left where it cannot. */
-  join(label: string, { bus, cluster }: Topology): Effect.Effect<void, WorkerError> {
+  join(label: string, { bus, cluster }: Pick<Topology, "bus" | "cluster">): Effect.Effect<void, WorkerError> {
     if (bus === "memory" || this.#joined !== undefined) return Effect.void
     const { nats } = bus
     return Effect.gen({ self: this }, function* () {
       const scope = yield* Scope.make()
       const joined = Effect.gen({ self: this }, function* () {
         const address = "spawn" in nats ? yield* Effect.mapError(superviseNatsServer({}), (error) => new WorkerError(error.message)) : nats
-        yield* joinNats(this.#buses, cluster, address)
+        yield* joinNats(this.#buses, cluster, address, this.#user)
         return address
       })
       const address = yield* Effect.onExit(Scope.provide(joined, scope), (exit) => (Exit.isSuccess(exit) ? Effect.void : Scope.close(scope, Exit.void)))

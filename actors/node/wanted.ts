@@ -13,10 +13,14 @@ export interface Wanted {
   readonly model: ResolvedModel
   /** Names the text that it was read from, where there is one. */
   readonly revision?: string | undefined
+  /** On a cluster: what of the whole system this process runs, and when. */
+  readonly part?: (whole: System) => System
+  /** On a cluster: the least epoch of a component, by kind and id. */
+  readonly epochs?: Readonly<Record<string, number>>
 }
 
 /** How people read where the bus is; the same for the same server, asked in the same way. */
-const busLabel = ({ bus }: Topology): string | undefined => {
+export const busLabel = ({ bus }: Pick<Topology, "bus">): string | undefined => {
   if (bus === "memory") return undefined
   if ("spawn" in bus.nats) return "a nats-server of its own"
   const { url, tls, ...files } = bus.nats
@@ -25,7 +29,7 @@ const busLabel = ({ bus }: Topology): string | undefined => {
 }
 
 /** @param drained workers that shall have no roles, whatever the topology says */
-export const systemOf = ({ topology, model }: Wanted, drained: ReadonlySet<string> = new Set()): System => {
+export const systemOf = ({ topology, model, part = (whole) => whole }: Wanted, drained: ReadonlySet<string> = new Set()): System => {
   const { workers, scheduler, kvStore, gateway } = topology
   const { dtype, blockTokens } = workers[0]!.kv
   const generation = generationOf({ modelDigest: model.sha256, dtype, blockTokens })
@@ -41,20 +45,26 @@ export const systemOf = ({ topology, model }: Wanted, drained: ReadonlySet<strin
     if (kind === "request") return { roles: [], live: {}, fixed: { ...poolsOf(topology), prefixes: shared ? "shared" : "of each tenant" } }
     return { roles: [], live: {}, fixed: { memory, disk: disk.size, path: disk.path, eviction, peers: replicas > 1 ? "others" : "none" } }
   }
-  return {
+  return part({
     bus,
     generation: { id: generation, label: `${model.name} (KV in ${dtype}, blocks of ${blockTokens} tokens)` },
     listen: { host: gateway.host, port: gateway.port, keys: gateway.keys ?? "none" },
     components: componentsOf(topology)
       .flat()
       .map(({ kind, id }) => ({ generation, kind, id, host: bus === undefined ? "embedded" : "process", ...settings(kind, id) })),
-  }
+  })
 }
 
 /** What a request actor refuses as too long depends on it. */
 const poolsOf = ({ workers }: Topology): Settings => {
   const sizes = workers.map(({ kv }) => kv.blocks)
   return { "largest pool": sizes.includes("auto") ? "auto" : Math.max(...sizes.map(Number)) }
+}
+
+/** The generation that a topology makes with its model, whatever part of it runs here. */
+export const generationIn = ({ topology, model }: Wanted): string => {
+  const { dtype, blockTokens } = topology.workers[0]!.kv
+  return generationOf({ modelDigest: model.sha256, dtype, blockTokens })
 }
 
 /** What a component is told to run: the topology with what was changed since, or is drained. */

@@ -30,6 +30,8 @@ export interface WorkerOptions {
   readonly maxBatch: number
   readonly formatId: string
   readonly kernels: EngineOptions
+  /** The node of a cluster that it is part of. */
+  readonly agent?: string | undefined
 }
 
 /** The worker could not be made: a model that cannot be loaded, memory that is not there. */
@@ -118,6 +120,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
       namespace,
       kind: "worker",
       id,
+      agent: options.agent,
       worker: () => {
         const { sequences, waiting, preemptions } = engine.load
         return {

@@ -15,14 +15,20 @@ export interface AnnounceOptions {
   readonly id: string
   readonly worker?: () => NonNullable<PresenceMessage["worker"]>
   readonly store?: () => NonNullable<PresenceMessage["store"]>
+  readonly machine?: () => NonNullable<PresenceMessage["machine"]>
+  /** The node of a cluster that runs it. */
+  readonly agent?: string | undefined
 }
 
 /** Announces until the Scope closes. Returns how to say at once what has changed. */
-export const announce = ({ link, namespace, kind, id, worker, store }: AnnounceOptions): Effect.Effect<Effect.Effect<void>, never, Scope.Scope> =>
+export const announce = ({ link, namespace, kind, id, worker, store, machine, agent }: AnnounceOptions): Effect.Effect<Effect.Effect<void>, never, Scope.Scope> =>
   Effect.gen(function* () {
     const say = (state: PresenceMessage["state"]) =>
       Effect.ignore(
-        Effect.suspend(() => link.tell(Presence, presenceSubject(namespace), { kind, id, node: hostname(), pid: process.pid, epoch: link.epoch, state, worker: worker?.(), store: store?.() })),
+        Effect.suspend(() => {
+          const said = { kind, id, node: hostname(), pid: process.pid, epoch: link.epoch, state, worker: worker?.(), store: store?.(), machine: machine?.(), agent }
+          return link.tell(Presence, presenceSubject(namespace), said)
+        }),
       )
     yield* Effect.addFinalizer(() => say("leaving"))
     yield* say("serving")

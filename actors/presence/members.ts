@@ -13,8 +13,6 @@ interface Member {
   silentBeats: number
 }
 
-const mostSilentBeats = limits.heartbeatSilenceMs / limits.heartbeatIntervalMs
-
 /** A member with this kind and id of an epoch up to this one is gone. */
 export type OnGone = (kind: PresenceMessage["kind"], id: string, epoch: number) => void
 
@@ -25,11 +23,19 @@ export class Members {
   readonly #members = new Map<string, Member>()
   readonly #watchers = new Set<OnGone>()
   readonly #greeters = new Set<OnCome>()
+  readonly #mostSilentBeats: number
 
-  /** Listens until the Scope closes. */
-  static readonly listen = (bus: Bus, namespace: string): Effect.Effect<Members, never, Scope.Scope> =>
+  private constructor(silenceMs: number) {
+    this.#mostSilentBeats = silenceMs / limits.heartbeatIntervalMs
+  }
+
+  /**
+   * Listens until the Scope closes.
+   * @param silenceMs after which a member is gone
+   */
+  static readonly listen = (bus: Bus, namespace: string, silenceMs: number = limits.heartbeatSilenceMs): Effect.Effect<Members, never, Scope.Scope> =>
     Effect.gen(function* () {
-      const members = new Members()
+      const members = new Members(silenceMs)
       yield* Effect.acquireRelease(
         Effect.sync(() => bus.subscribe(presenceSubject(namespace), ({ data }) => members.#hear(data))),
         (subscription) => Effect.sync(() => subscription.unsubscribe()),
@@ -93,7 +99,7 @@ export class Members {
 
   #sweep(): void {
     for (const [key, member] of this.#members) {
-      if (++member.silentBeats <= mostSilentBeats) continue
+      if (++member.silentBeats <= this.#mostSilentBeats) continue
       this.#members.delete(key)
       this.#gone(member.message)
     }

@@ -40,9 +40,10 @@ export class Backoff {
 
 /**
  * Connects, and keeps connecting for ever once it has.
+ * @param inboxPrefix where answers to the client's own requests come in; not needed by whoever makes none
  * @throws NatsConnectError
  */
-export const connectNats = async (address: NatsAddress, name: string, backoff: Backoff): Promise<NatsConnection> => {
+export const connectNats = async (address: NatsAddress, name: string, backoff: Backoff, inboxPrefix?: string): Promise<NatsConnection> => {
   const { url, tls } = address
   // What the user wrote without what nobody should read.
   const shown = url.replace(/\/\/[^/@]*@/, "//")
@@ -56,6 +57,7 @@ export const connectNats = async (address: NatsAddress, name: string, backoff: B
     return await connect({
       servers: url,
       name,
+      ...(inboxPrefix === undefined ? {} : { inboxPrefix }),
       authenticator,
       tls: secure ? { ...checked, ca: pem("ca"), cert: pem("cert"), key: pem("key") } : undefined,
       timeout: limits.busConnectDeadlineMs,

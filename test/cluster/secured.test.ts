@@ -19,6 +19,7 @@ import { programArguments } from "../../config/programs.mjs"
 import type { NatsAddress } from "../../config/topology.ts"
 import { natsConfiguration } from "../../gateway/nats-permissions.ts"
 import { Cluster } from "../support/cluster.ts"
+import { AgentCluster } from "../support/start-agent.ts"
 import { testScope } from "../support/scoped.ts"
 import { natsStartTimeoutMs, startConfiguredNats, type ConfiguredNats } from "../support/start-nats.ts"
 import { startNode, streamCompletion } from "../support/start-node.ts"
@@ -142,4 +143,21 @@ test("a node keeps the wanted topology in JetStream, and a worker can neither re
   expect((await node.request(`$JS.API.DIRECT.GET.${stream}.${key}`)).string()).toBe("penstock: 1")
   await Promise.all([node.close(), worker.close()])
   expect(violations().length).toBeGreaterThan(0) // so that there were none before says something
+})
+
+test("a node joins with the keys of its processes, and an operator with a node's: nothing that they do is refused", { timeout: 240_000 }, async () => {
+  const before = violations().length
+  const cluster = await AgentCluster.start(address)
+  try {
+    const node = await cluster.agent("a", "--gateway", "--port", "0")
+    const applied = await cluster.run("apply", cluster.file("two.yaml", "workers: [{ name: p0, roles: [prefill] }, { name: d0, roles: [decode] }]"))
+    expect([applied.code, applied.err]).toEqual([0, ""])
+    const { nodes } = await cluster.until(({ nodes: [one] }) => one?.gateway !== undefined)
+    expect((await streamCompletion({ url: nodes[0]!.gateway!, modelName: "tiny" }, request)).tokens).toHaveLength(60)
+    expect((await cluster.run("status")).code).toBe(0)
+    expect(node.output()).not.toMatch(/the server says/)
+  } finally {
+    await cluster.stop()
+  }
+  expect(violations().slice(before)).toEqual([])
 })

@@ -54,7 +54,6 @@ describe("a topology file", () => {
     ["scheduler: { policy: kv-centric }", "scheduler.policy", "use cache-aware"],
     ["scheduler: { policy: random }", "scheduler.policy", "use cache-aware"],
     ["gateway: { replicas: 2 }", "gateway.replicas", "use 1"],
-    ["workers: [{ name: a, labels: { gpu: h100 } }]", "workers[0].labels", "use no labels"],
     ["workers: [{ name: a, device: cuda }]", "workers[0].device", "use cpu"],
   ])("%s is in the design but not built: refused, not ignored", (line, path, use) => {
     const [problem = "", ...rest] = problems(`penstock: 1\n${line}\n`)

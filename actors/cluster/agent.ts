@@ -1,0 +1,138 @@
+/**
+ * A machine as part of a cluster: it says that it is there, runs what the assignment places on it, and leads the cluster when
+ * nobody else does.
+ */
+import { availableParallelism, totalmem } from "node:os"
+import { join } from "node:path"
+import { Effect, type Scope } from "effect"
+import type { Env } from "../../config/env.ts"
+import { takeLock } from "../../config/folder-lock.mjs"
+import type { TopologyOverrides } from "../../config/load-topology.ts"
+import { limits } from "../../config/limits.ts"
+import type { ModelSpec } from "../../config/models.ts"
+import { natsOfRole, type NatsAddress } from "../../config/topology.ts"
+import { everyGeneration, inboxPrefix, namespaceOf, nodesNamespace, topologyBucket } from "../messages/subjects.ts"
+import { openBuses } from "../node/buses.ts"
+import { ChildRecords } from "../node/child-records.ts"
+import type { OnChange } from "../node/change.ts"
+import type { ResolvedModel } from "../node/fetch-model.ts"
+import { Hosting } from "../node/hosting.ts"
+import type { NodeParts } from "../node/node.ts"
+import { Reconciler, type Front } from "../node/reconciler.ts"
+import { ServedGenerations } from "../node/served-generations.ts"
+import { Uplink } from "../node/uplink.ts"
+import { busLabel } from "../node/wanted.ts"
+import { WorkerError } from "../node/worker.ts"
+import { announce } from "../presence/announce.ts"
+import { Members } from "../presence/members.ts"
+import type { ClusterBucket } from "../runtime/cluster-bucket.ts"
+import { Link } from "../runtime/link.ts"
+import { NatsBucket } from "../runtime/nats-bucket.ts"
+import { Follower } from "./follower.ts"
+import { leadership } from "./leadership.ts"
+import { Lease } from "./lease.ts"
+
+export interface AgentOptions {
+  /** Of this machine in the cluster; no other has it. */
+  readonly name: string
+  readonly labels: Readonly<Record<string, string>>
+  readonly cluster: string
+  readonly nats: NatsAddress
+  readonly env: Env
+  readonly overrides: TopologyOverrides
+  readonly fetchModel: (spec: ModelSpec) => Promise<ResolvedModel>
+  /** The gateway of this node; undefined: it has none. Closed before anything stops. */
+  readonly front: ((parts: AgentParts) => Effect.Effect<AgentFront, never, Scope.Scope>) | undefined
+  readonly onChange?: OnChange
+  readonly say: (line: string) => void
+}
+
+export interface AgentFront extends Front {
+  readonly close: () => Effect.Effect<void>
+  /** Where it answers, once it does. */
+  readonly url: () => string | undefined
+}
+
+export interface AgentParts extends NodeParts {
+  readonly bucket: ClusterBucket
+  /** The nodes that live. */
+  readonly nodes: Members
+  /** There once the agent runs. */
+  readonly follower: () => Follower | undefined
+}
+
+export interface RunningAgent {
+  readonly follower: Follower
+  readonly reconciler: Reconciler
+  readonly adopted: ReadonlyArray<string>
+}
+
+const noFront: AgentFront = { switchTo: () => {}, listen: () => Effect.void, untilIdle: () => Effect.void, close: () => Effect.void, url: () => undefined }
+
+const attempt = <A>(run: () => Promise<A>) => Effect.tryPromise({ try: run, catch: (error) => new WorkerError(error instanceof Error ? error.message : String(error)) })
+
+/**
+ * Runs until the Scope closes. Its end is written here, from the last to the first: it leads no more, follows no more, says
+ * that it leaves, then the gateway, the components kind by kind, NATS, the bucket.
+ */
+export const agent = (options: AgentOptions): Effect.Effect<RunningAgent, WorkerError, Scope.Scope> =>
+  Effect.gen(function* () {
+    const { name, cluster, nats, env, say } = options
+    const epoch = Date.now()
+    const folder = join(env.home, "run", cluster, name)
+    yield* Effect.acquireRelease(
+      attempt(() => takeLock(join(folder, "lock"), { deadlineMs: limits.agentLockDeadlineMs })),
+      (release) => Effect.sync(release),
+    )
+    const records = yield* Effect.acquireRelease(
+      Effect.sync(() => new ChildRecords(folder)),
+      (made) => Effect.sync(() => made.close()),
+    )
+    const bucket = yield* Effect.acquireRelease(
+      attempt(() => NatsBucket.connect({ ...natsOfRole(nats, "node"), name: `node ${name}`, bucket: topologyBucket(cluster), inboxPrefix: inboxPrefix(namespaceOf(cluster, everyGeneration), "node", name) })),
+      (opened) => Effect.promise(() => opened.close()),
+    )
+    const user = { kind: options.front === undefined ? ("node" as const) : ("gateway" as const), id: name }
+    const buses = yield* openBuses(cluster, user)
+    const uplink = yield* Uplink.make(buses, user)
+    yield* uplink.join(busLabel({ bus: { nats } })!, { bus: { nats }, cluster })
+    const nodes = yield* Members.listen(buses.control, nodesNamespace(cluster), limits.nodeLossMs)
+    yield* refuseTwin(nodes, name)
+    const generations = yield* ServedGenerations.make(buses.control)
+    const hosting = yield* Hosting.make({ env, buses, nats: () => uplink.address, node: { name, records } })
+    let follower: Follower | undefined
+    const front = options.front === undefined ? noFront : yield* options.front({ bus: buses.control, hosting, generations, bucket, nodes, follower: () => follower })
+    yield* Effect.addFinalizer(front.close)
+    const adopted = yield* hosting.adopt(cluster)
+    if (adopted.length > 0) say(`goes on with what an earlier agent has left: ${adopted.join(", ")}`)
+    const { fetchModel, onChange, overrides } = options
+    const reconciler = yield* Reconciler.start({ uplink, hosting, generations, front, ...(onChange === undefined ? {} : { onChange }) }, undefined)
+    const cores = availableParallelism()
+    yield* announce({
+      link: new Link(buses.control, `node ${name}`, epoch),
+      namespace: nodesNamespace(cluster),
+      kind: "node",
+      id: name,
+      machine: () => ({
+        labels: options.labels,
+        cores,
+        memoryBytes: totalmem(),
+        gateway: front.url(),
+        components: hosting.components.map(({ kind, id, generation }) => ({ kind, id, generation })),
+        ...(follower?.state ?? { state: "waiting", revision: 0 }),
+      }),
+    })
+    follower = yield* Follower.start({ node: name, cluster, gateway: options.front !== undefined, nats, overrides, bucket, bus: buses.control, reconciler, fetchModel, say })
+    const lease = new Lease({ bucket, node: name, epoch, leaseMs: limits.leaderLeaseMs, nowMs: () => performance.now() })
+    const heardEpoch = ({ kind, id }: { readonly kind: string; readonly id: string }) => follower?.heard.find((said) => said.kind === kind && said.id === id)?.epoch
+    yield* leadership({ node: name, bucket, lease, nodes, fetchModel, heardEpoch, say })
+    return { follower, reconciler, adopted }
+  })
+
+/** Two agents of one name would take each other's components for their own. */
+const refuseTwin = (nodes: Members, name: string): Effect.Effect<void, WorkerError> =>
+  Effect.gen(function* () {
+    yield* Effect.sleep(2 * limits.heartbeatIntervalMs)
+    const twin = nodes.all.find(({ id }) => id === name)
+    if (twin !== undefined) return yield* Effect.fail(new WorkerError(`the cluster has a node ${name} already (process ${twin.pid} on ${twin.node}): choose another --name, or stop that one`))
+  })

@@ -1,0 +1,171 @@
+/** A cluster of nodes: real processes over a real nats-server with JetStream. */
+import { join } from "node:path"
+import { afterAll, beforeAll, expect, it } from "vitest"
+import { AgentCluster, type StartedAgent } from "../support/start-agent.ts"
+import { natsStartTimeoutMs } from "../support/start-nats.ts"
+import { startNode, streamCompletion, type Answer } from "../support/start-node.ts"
+
+// A busy machine takes half a minute to start a process.
+const timeout = 240_000
+
+let cluster: AgentCluster
+let a: StartedAgent
+let b: StartedAgent
+let url: string
+
+const request = (seed: number) => ({ prompt: `The ${seed}th story of the lighthouse keeper:`, max_tokens: 400, ignore_eos: true, temperature: seed % 2, seed })
+const seeds = [1, 2, 3, 4]
+let undisturbed: ReadonlyArray<Answer>
+
+/** Streams one after another for each seed, until `during` has ended and each has had one more. Rejects where one differs. */
+const underLoad = async (during: () => Promise<void>): Promise<void> => {
+  let over = false
+  let begun = 0
+  let all: () => void
+  const allBegun = new Promise<void>((resolve) => (all = resolve))
+  const keepOn = async (seed: number, expected: Answer): Promise<void> => {
+    for (let last = false; !last; ) {
+      last = over
+      expect(await streamCompletion({ url, modelName: "tiny" }, request(seed), () => ++begun === seeds.length && all())).toEqual(expected)
+    }
+  }
+  const load = Promise.all(seeds.map((seed, i) => keepOn(seed, undisturbed[i]!)))
+  load.catch(() => {})
+  await Promise.race([allBegun, load])
+  await Promise.race([during().finally(() => (over = true)), load])
+  await load
+}
+
+const running = (name: string) => cluster.processes().get(name)
+const gone = async (pid: number) => {
+  for (;;) {
+    try {
+      process.kill(pid, 0)
+    } catch {
+      return
+    }
+    await new Promise((resolve) => setTimeout(resolve, 20))
+  }
+}
+
+beforeAll(async () => {
+  cluster = await AgentCluster.start()
+  const path = join(cluster.folder, "tiny.gguf")
+  const alone = await startNode({ model: { path, name: "tiny", sha256: "0".repeat(64) } })
+  undisturbed = await Promise.all(seeds.map((seed) => streamCompletion(alone, request(seed))))
+  await alone.stop()
+}, natsStartTimeoutMs)
+afterAll(() => cluster.stop(), timeout)
+
+it("a node joins, gets what is wanted, and answers at its gateway", { timeout }, async () => {
+  a = await cluster.agent("a", "--gateway", "--port", "0")
+  const applied = await cluster.run("apply", cluster.file("one.yaml", "workers: [{ name: w0 }]"))
+  expect([applied.code, applied.err]).toEqual([0, ""])
+  expect(applied.out).toMatch(/worker w0: on a[^]*\n {2}a: settled\ndone\n$/)
+  const { nodes, leader } = await cluster.until(({ settled, nodes: [node] }) => settled && node?.gateway !== undefined)
+  url = nodes[0]!.gateway!
+  expect(leader).toBe("a")
+  expect(await (await fetch(`${url}/ready`)).json()).toEqual({ ready: true })
+  expect(await streamCompletion({ url, modelName: "tiny" }, request(1))).toEqual(undisturbed[0])
+})
+
+it("a worker goes to the node that has its labels; what no node has is reported, and the rest runs", { timeout }, async () => {
+  b = await cluster.agent("b", "--labels", "gpu=h100,zone=b")
+  const path = cluster.file("two.yaml", "workers:", "  - { name: w0 }", "  - { name: w1, labels: { gpu: h100 } }", "  - { name: w2, labels: { gpu: a100 } }")
+  const applied = await cluster.run("apply", path)
+  expect(applied.code).toBe(1)
+  expect(applied.err).toBe("unplaceable: worker w2: no node fits: a lacks gpu=a100; b lacks gpu=a100\n")
+  const { components } = await cluster.until(({ settled }) => settled)
+  expect(components.filter(({ kind }) => kind === "worker").map(({ id, node }) => [id, node])).toEqual([["w0", "a"], ["w1", "b"]])
+  const { code, out } = await cluster.run("status")
+  expect(code).toBe(1)
+  expect(out).toMatch(/^cluster main: revision \d+ of .*two\.yaml is wanted; settled; a leads$/m)
+  expect(out).toMatch(/^node b \(.*gpu=h100,zone=b\): settled\n {2}runs worker w1$/m)
+  expect(out).toMatch(/^worker w2 cannot be placed: no node fits: /m)
+  expect(await (await fetch(`${url}/ready`)).json()).toMatchObject({ reason: "what does not serve now: worker w2" })
+})
+
+it("of two editors of one revision the second is told, and a file of another cluster or with a mistake changes nothing", { timeout }, async () => {
+  const { wanted } = await cluster.control.status()
+  const path = cluster.file("three.yaml", "workers: [{ name: w0 }, { name: w1 }]")
+  const revision = String(wanted!.revision)
+  const put = (text: string, of = revision) => fetch(`${url}/topology`, { method: "PUT", body: text, headers: { "if-match": `"${of}"` } })
+  const first = await put(wanted!.text.replace("a100", "h100"))
+  expect(first.status).toBe(202)
+  const second = await cluster.run("apply", path, "--revision", revision)
+  expect([second.code, second.err]).toEqual([1, expect.stringMatching(/has changed since it was read: its revision is \d+ now/)])
+  const third = await put(wanted!.text)
+  expect(third.status).toBe(412)
+  const current = /\d+/.exec(third.headers.get("etag")!)![0]
+  expect(first.headers.get("etag")).toBe(`"${current}"`)
+  expect((await put("penstock: 1\nworkers: [{ name: w0, rolls: [decode] }]", current)).status).toBe(400)
+  const other = await cluster.run("apply", cluster.file("other.yaml", "cluster: other"), "--cluster", "main")
+  expect([other.code, other.err]).toEqual([1, "other.yaml: cluster: expected main, as this cluster is called, found other\n"])
+  expect(String((await cluster.control.status()).wanted!.revision)).toBe(current)
+  const applied = await cluster.run("apply", path, "--revision", current)
+  expect([applied.code, applied.err]).toEqual([0, ""])
+})
+
+it("kill -9 of a node's agent under load: what it ran goes on, its successor adopts it, and no stream notices", { timeout }, async () => {
+  await cluster.until(({ settled }) => settled)
+  const before = running("b worker w1")
+  expect(before).toBeDefined()
+  await underLoad(async () => {
+    await b.end("SIGKILL")
+    b = await cluster.agent("b", "--labels", "gpu=h100,zone=b")
+    await cluster.until(({ settled, nodes }) => settled && nodes.length === 2)
+  })
+  await b.said(/goes on with what an earlier agent has left: worker w1/)
+  const { components } = await cluster.until(({ settled }) => settled)
+  expect(components.find(({ id }) => id === "w1")?.node).toBe("b")
+  expect(running("b worker w1")).toBe(before)
+  // It is supervised: what dies is started again.
+  process.kill(before!, "SIGKILL")
+  await b.said(/worker w1 failed and is restarted/)
+  await cluster.until(() => running("b worker w1") !== undefined && running("b worker w1") !== before)
+})
+
+it("a node is drained under load: what it runs is placed elsewhere, no stream ends early, and it is taken back", { timeout }, async () => {
+  await cluster.until(({ settled }) => settled)
+  await underLoad(async () => {
+    const drained = await cluster.run("drain", "b")
+    expect([drained.code, drained.out]).toEqual([0, "what runs on node b goes elsewhere; drain b --undo takes it back\n"])
+    await cluster.until(({ settled, components, nodes }) => settled && components.every(({ node }) => node === "a") && nodes.find(({ name }) => name === "b")?.components.length === 0)
+  })
+  expect(running("b worker w1")).toBeUndefined()
+  expect((await cluster.run("drain", "a")).err).toMatch(/a is the only node that can run anything: start another first/)
+  expect((await cluster.run("drain", "nobody")).err).toMatch(/there is no node and no worker nobody/)
+  expect((await cluster.run("drain", "b", "--undo")).code).toBe(0)
+  const path = cluster.file("four.yaml", "workers: [{ name: w0 }, { name: w3, labels: { zone: b } }]")
+  expect((await cluster.run("apply", path)).code).toBe(0)
+  expect(running("b worker w3")).toBeDefined()
+})
+
+it("a node is lost under load, with all that it ran: that is placed elsewhere, and every stream goes on", { timeout }, async () => {
+  await cluster.run("apply", cluster.file("five.yaml", "workers: [{ name: w0 }, { name: w3 }]"))
+  const pid = running("b worker w3")!
+  await underLoad(async () => {
+    b.child.kill("SIGKILL")
+    process.kill(pid, "SIGKILL")
+    await Promise.all([b.end("SIGKILL"), gone(pid)])
+    await cluster.until(({ settled, nodes }) => settled && nodes.length === 1)
+  })
+  const { components } = await cluster.control.status()
+  expect(components.find(({ id }) => id === "w3")?.node).toBe("a")
+  // One that comes back runs what is placed on it: nothing, since all that there is has a place.
+  b = await cluster.agent("b", "--labels", "zone=b")
+  await cluster.until(({ settled, nodes }) => settled && nodes.length === 2)
+  expect(running("b worker w3")).toBeUndefined()
+})
+
+it("a second agent of a node's name is refused", { timeout }, async () => {
+  await expect(cluster.agent("b")).rejects.toThrow(/held by process|has a node b already/)
+})
+
+it("the leader ends: another node leads, and what it ran is placed there", { timeout }, async () => {
+  await a.end()
+  const { leader, components } = await cluster.until(({ settled, nodes, leader: now }) => settled && nodes.length === 1 && now === "b")
+  expect(leader).toBe("b")
+  expect(components.map(({ node }) => node)).toEqual(components.map(() => "b"))
+  for (const { kind, id } of components) expect(running(`b ${kind} ${id}`)).toBeDefined()
+})

@@ -14,7 +14,7 @@ import { MemoryBus } from "./memory-bus.ts"
 export interface Uplink extends Bus {
   /** Receives what is sent to any subject that begins with `prefix` and a point. */
   subscribeBelow(prefix: string, handler: (delivery: Delivery) => void): Subscription
-  /** Resolves when all that was published and subscribed before has been taken, and what of it comes back here has come. */
+  /** Resolves when all that was published, subscribed and drained before has been taken, and what of it comes here has come. */
   flush(): Promise<void>
 }
 
@@ -45,7 +45,7 @@ export class BridgeBus extends MemoryBus {
   #uplink: Uplink | undefined
   /** What is published while the last messages come back from an uplink that is given up: it must not overtake them. */
   #held: Array<Message> | undefined
-  #listeners: ReadonlyArray<Subscription> = []
+  #ofUplink: ReadonlyArray<Subscription> = []
   #change: Promise<void> = Promise.resolve()
 
   constructor({ inboxPrefix, maxPayloadBytes }: BridgeBusOptions) {
@@ -86,13 +86,12 @@ export class BridgeBus extends MemoryBus {
       throw error
     }
     this.#mirrored.add(mirrored)
-    return {
-      unsubscribe: () => {
-        local.unsubscribe()
-        this.#mirrored.delete(mirrored)
-        mirrored.remote?.unsubscribe()
-      },
+    const leave = (end: (remote: Subscription) => void) => {
+      local.unsubscribe()
+      this.#mirrored.delete(mirrored)
+      if (mirrored.remote !== undefined) end(mirrored.remote)
     }
+    return { unsubscribe: () => leave((remote) => remote.unsubscribe()), drain: () => leave((remote) => (remote.drain ?? remote.unsubscribe)()) }
   }
 
   /** Unique over the life of the process, attached or not. */
@@ -109,7 +108,7 @@ export class BridgeBus extends MemoryBus {
       if (this.#uplink !== undefined) throw new Fault({ code: "invalid_request", message: "attach: there is an uplink already; detach it first", hop })
       this.#mirror = uplink
       try {
-        this.#listeners = [uplink.subscribeBelow(this.#inboxPrefix, (delivery) => this.deliver(delivery)), uplink.onDisconnect(() => this.lost())]
+        this.#ofUplink = [uplink.subscribeBelow(this.#inboxPrefix, (delivery) => this.deliver(delivery)), uplink.onDisconnect(() => this.lost())]
         for (const mirrored of this.#mirrored) mirrored.remote = uplink.subscribe(mirrored.subject, mirrored.handler, mirrored.options)
         await answered(uplink)
       } catch (error) {
@@ -120,7 +119,7 @@ export class BridgeBus extends MemoryBus {
     })
   }
 
-  /** Is alone again once it resolves: all that was published before has been taken by the uplink, or delivered here. */
+  /** Is alone again once it resolves: all that was published or sent here before has been delivered. */
   detach(): Promise<void> {
     return this.#next(() => this.#detach())
   }
@@ -137,7 +136,10 @@ export class BridgeBus extends MemoryBus {
     const uplink = this.#uplink
     if (uplink === undefined) return
     this.#uplink = undefined
+    this.#mirror = undefined
     this.#held = []
+    // What others have sent here comes before the answer, as what was published here does.
+    for (const subscription of [...this.#ofUplink, ...Array.from(this.#mirrored, ({ remote }) => remote)]) subscription?.drain?.()
     // Without an answer the connection is lost, and all that was on its way with it: who waited for that has been told.
     await answered(uplink).catch(() => {})
     this.#dropMirror()
@@ -147,12 +149,12 @@ export class BridgeBus extends MemoryBus {
   }
 
   #dropMirror(): void {
-    for (const listener of this.#listeners) listener.unsubscribe()
+    for (const subscription of this.#ofUplink) subscription.unsubscribe()
     for (const mirrored of this.#mirrored) {
       mirrored.remote?.unsubscribe()
       mirrored.remote = undefined
     }
-    this.#listeners = []
+    this.#ofUplink = []
     this.#mirror = undefined
   }
 

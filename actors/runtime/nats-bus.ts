@@ -114,10 +114,7 @@ export class NatsBus implements Bus {
     }
     try {
       const subscription = this.#connection.subscribe(subject, queue === undefined ? { callback } : { callback, queue })
-      return {
-        unsubscribe: () => subscription.isClosed() || subscription.unsubscribe(),
-        drain: () => subscription.isClosed() || subscription.isDraining() || void subscription.drain().catch(() => {}),
-      }
+      return given(subscription)
     } catch (error) {
       throw refused("unavailable", error instanceof Error ? error.message : String(error))
     }
@@ -126,8 +123,7 @@ export class NatsBus implements Bus {
   /** Receives what is sent to any subject that begins with `prefix` and a point. */
   subscribeBelow(prefix: string, handler: (delivery: Delivery) => void, refused: (error: Error) => void = () => {}): Subscription {
     const callback = (error: Error | null, message: Msg) => (error === null ? withDelivery(message, handler) : refused(error))
-    const subscription = this.#connection.subscribe(`${prefix}.>`, { callback })
-    return { unsubscribe: () => subscription.isClosed() || subscription.unsubscribe() }
+    return given(this.#connection.subscribe(`${prefix}.>`, { callback }))
   }
 
   /** Resolves when the server has taken all that was published and subscribed before. Rejects with a Fault when it cannot. */
@@ -243,6 +239,11 @@ export const connectBuses = async (options: NatsBusOptions): Promise<Buses & { r
     throw error
   }
 }
+
+const given = (subscription: ReturnType<NatsConnection["subscribe"]>): Subscription => ({
+  unsubscribe: () => subscription.isClosed() || subscription.unsubscribe(),
+  drain: () => subscription.isClosed() || subscription.isDraining() || void subscription.drain().catch(() => {}),
+})
 
 const listen = (handlers: Set<() => void>, handler: () => void): Subscription => {
   // Of its own, so that the same function can be given twice.

@@ -232,6 +232,42 @@ describe("a bridge that is attached and detached while it is used", () => {
     await expect(ask(peer, 4)).rejects.toMatchObject({ code: "unavailable" })
   })
 
+  test("what other processes send while it is detached is delivered or refused, and never lost", async () => {
+    const [bridge, peer] = [makeBridge(), await connect()]
+    serveDouble(bridge)
+    for (let round = 0; round < 8; round++) {
+      const uplink = await connect()
+      await bridge.attach(uplink)
+      expect(await ask(peer, 1)).toEqual({ value: 2 })
+      const tells = new Received()
+      const subscription = bridge.subscribe("test.tells", tells.handler)
+      await uplink.flush()
+      for (let i = 0; i < 50; i++) peer.publish("test.tells", numbered(i))
+      await peer.flush() // the server has them all: they are on their way here
+      await bridge.detach()
+      expect(tells.deliveries.map(({ data }) => number(data))).toEqual(Array.from({ length: 50 }, (_, i) => i))
+      subscription.unsubscribe()
+      await expect(ask(peer, 1)).rejects.toMatchObject({ code: "unavailable" })
+    }
+  })
+
+  test("an actor that leaves while it is attached still gets what is on its way", async () => {
+    const [bridge, peer, uplink] = [makeBridge(), await connect(), await connect()]
+    await bridge.attach(uplink)
+    const tells = new Received()
+    const subscription = bridge.subscribe("test.leaving", tells.handler)
+    await uplink.flush()
+    for (let i = 0; i < 50; i++) peer.publish("test.leaving", numbered(i))
+    await peer.flush()
+    subscription.drain!()
+    await uplink.flush()
+    expect(tells.deliveries).toHaveLength(50)
+    peer.publish("test.leaving", numbered(0))
+    await peer.flush()
+    await uplink.flush()
+    expect(tells.deliveries).toHaveLength(50)
+  })
+
   test("KV that is on its way arrives whole, with connections of its own or none", async () => {
     const buses = { control: makeBridge(), bulk: makeBridge() }
     const layout = { dtype: "f16", blockTokens: 16, layers: 8, layerBlockBytes: 6_000 } as const

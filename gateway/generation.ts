@@ -32,7 +32,8 @@ export class Generation {
   readonly #delivered: ReadonlyArray<Array<number>> // [choices]
   #reader: StreamReader
   #attempt = 0
-  #failures = 0 // since the last token
+  #failures = 0
+  #failedAtMs = 0
   #moves = 0
   #faults = 0 // since the last event
   #failingSinceMs: number | undefined
@@ -66,7 +67,6 @@ export class Generation {
         if (event === undefined) continue
         this.#faults = 0
         this.#failingSinceMs = undefined
-        if (event.type === "delta" && event.tokens.length > 0) this.#failures = 0 // it gets on, however long it lives
         return event
       } catch (error) {
         await this.#resume(Fault.from(error, "request"))
@@ -109,7 +109,11 @@ export class Generation {
     const leftMs = this.#deadlineAtMs - nowMs - waitMs
     this.#faults++
     if (isMove) this.#moves++
-    else if (!isWait) this.#failures++
+    else if (!isWait) {
+      // A long answer outlives many changes of the system: what was long ago is forgiven.
+      this.#failures = nowMs - this.#failedAtMs > limits.recoveryDeadlineMs ? 1 : this.#failures + 1
+      this.#failedAtMs = nowMs
+    }
     if (this.#stopped !== undefined || !isResumable(fault) || this.#failures >= limits.generateAttempts || leftMs <= 0) {
       clearTimeout(this.#deadline)
       throw this.#stopped ?? fault

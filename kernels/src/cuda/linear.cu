@@ -1,0 +1,88 @@
+#include <algorithm>
+
+#include "kernels/linear.cuh"
+#include "launch.h"
+#include "launchers.h"
+
+namespace penstock::cuda {
+
+namespace {
+
+constexpr int kMostFewRows = 16;
+constexpr size_t kMostShared = 96 << 10;
+
+size_t few_shared(const DeviceMatrix& matrix, int tiles) { return size_t(matrix.slices()) * tiles * 512; }
+
+// Calls `body` with each run of products of one kind.
+template <class Body>
+void for_each_kind(const Product* products, int count, Body body) {
+  for (int first = 0; first < count;) {
+    Products same = {};
+    const WeightKind kind = products[first].matrix.kind;
+    while (first < count && products[first].matrix.kind == kind && same.count < kMostProducts) same.product[same.count++] = products[first++];
+    body(kind, same);
+  }
+}
+
+// Calls `body` with the kind as a constant.
+template <class Body>
+void with_kind(WeightKind kind, Body body) {
+  switch (kind) {
+    case WeightKind::Half: return body.template operator()<WeightKind::Half>();
+    case WeightKind::Byte: return body.template operator()<WeightKind::Byte>();
+    case WeightKind::ByteHalf: return body.template operator()<WeightKind::ByteHalf>();
+    case WeightKind::ByteOffset: return body.template operator()<WeightKind::ByteOffset>();
+    case WeightKind::Nibble: return body.template operator()<WeightKind::Nibble>();
+    case WeightKind::NibbleOffset: return body.template operator()<WeightKind::NibbleOffset>();
+    case WeightKind::NibbleZero: return body.template operator()<WeightKind::NibbleZero>();
+  }
+}
+
+}  // namespace
+
+bool few_rows(const Product* products, int count, int rows) {
+  if (rows > kMostFewRows) return false;
+  size_t most = 0;
+  for (int i = 0; i < count; ++i) most = std::max(most, few_shared(products[i].matrix, rows > kTileRows ? 2 : 1));
+  return most <= kMostShared;
+}
+
+void linear(const Queue& queue, const Product* products, int count, const uint16_t* x, size_t x_stride, int rows) {
+  if (few_rows(products, count, rows)) {
+    linear_few(queue, products, count, x, x_stride, rows);
+  } else {
+    linear_many(queue, products, count, x, x_stride, rows);
+  }
+}
+
+void linear_few(const Queue& queue, const Product* products, int count, const uint16_t* x, size_t x_stride, int rows) {
+  for_each_kind(products, count, [&](WeightKind kind, const Products& same) {
+    unsigned panels = 0;
+    size_t shared = 0;
+    const int tiles = rows > kTileRows ? 2 : 1;
+    for (int i = 0; i < same.count; ++i) {
+      panels += same.product[i].matrix.panels;
+      shared = std::max(shared, few_shared(same.product[i].matrix, tiles));
+    }
+    const Size3 grid = {panels, static_cast<unsigned>((rows + tiles * kTileRows - 1) / (tiles * kTileRows))};
+    with_kind(kind, [&]<WeightKind k>() {
+      const auto kernel = tiles == 1 ? linear_few_rows_kernel<k, 1> : linear_few_rows_kernel<k, 2>;
+      launch(queue.device, queue.stream, "linear_few_rows", kernel, grid, {kFewRowsWarps * 32}, shared, same, x, x_stride, rows);
+    });
+  });
+}
+
+void linear_many(const Queue& queue, const Product* products, int count, const uint16_t* x, size_t x_stride, int rows) {
+  constexpr int kPanelsOfBlock = kManyRowsWarps * kPanelsOfWarp;
+  for_each_kind(products, count, [&](WeightKind kind, const Products& same) {
+    unsigned blocks = 0;
+    for (int i = 0; i < same.count; ++i) blocks += (same.product[i].matrix.panels + kPanelsOfBlock - 1) / kPanelsOfBlock;
+    const Size3 grid = {blocks, static_cast<unsigned>((rows + kManyRows - 1) / kManyRows)};
+    with_kind(kind, [&]<WeightKind k>() {
+      launch(queue.device, queue.stream, "linear_many_rows", linear_many_rows_kernel<k>, grid, {kManyRowsWarps * 32}, kManyRowsShared, same, x,
+             x_stride, rows);
+    });
+  });
+}
+
+}  // namespace penstock::cuda

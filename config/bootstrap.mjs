@@ -273,7 +273,7 @@ try {
       ;(await import("./cuda-build.mjs")).buildCudaAddon(say)
       break
     case "cuda-test":
-      process.exitCode = await runChild([...typescript(), at("test", "cuda", "main.ts"), ...args])
+      process.exitCode = await runChild([...sourceArguments, at("test", "cuda", "main.ts"), ...args])
       break
     case "sanitize":
       process.exitCode = await runChild([...sourceArguments, at("test", "sanitize", "main.ts"), ...args])

@@ -11,6 +11,6 @@ export class CudaBuildError extends Error {}
 export const findToolkit: () => Toolkit | undefined
 export const fetchToolkit: (say: (text: string) => void) => Toolkit
 export const hasGpu: () => boolean
-export const sourcesDigest: (toolkit: Toolkit | undefined, folders: ReadonlyArray<string>) => string
+export const sourcesDigest: (toolkit: Toolkit | undefined, paths: ReadonlyArray<string>) => string
 export const buildTargets: (toolkit: Toolkit | undefined, targets: ReadonlyArray<string>) => void
 export const buildCudaAddon: (say: (text: string) => void) => void

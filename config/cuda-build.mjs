@@ -5,7 +5,7 @@
  */
 import { spawnSync } from "node:child_process"
 import { createHash } from "node:crypto"
-import { accessSync, constants, existsSync, mkdirSync, readdirSync, readFileSync, realpathSync, renameSync, rmSync, writeFileSync } from "node:fs"
+import { accessSync, constants, existsSync, mkdirSync, readdirSync, readFileSync, realpathSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs"
 import { homedir } from "node:os"
 import { delimiter, dirname, isAbsolute, join, relative } from "node:path"
 import { fileURLToPath } from "node:url"
@@ -36,7 +36,7 @@ const home = () => {
 
 export class CudaBuildError extends Error {}
 
-const run = (program, args, options = {}) => spawnSync(program, args, { cwd: root, encoding: "utf8", maxBuffer: 2 ** 28, timeout: 30 * 60_000, ...options })
+const run = (program, args, options = {}) => spawnSync(program, args, { cwd: root, encoding: "utf8", maxBuffer: 2 ** 28, timeout: 60 * 60_000, ...options })
 
 /** "13.5" of a toolkit, or undefined where its nvcc does not run. */
 const versionOf = (toolkit) => /release (\d+\.\d+)/.exec(run(join(toolkit, "bin", "nvcc"), ["--version"]).stdout ?? "")?.[1]
@@ -108,17 +108,14 @@ export const hasGpu = () => {
 }
 
 /** A digest of everything that the targets are made of, and of the compilers. */
-export const sourcesDigest = (toolkit, folders) => {
+export const sourcesDigest = (toolkit, paths) => {
   const compiler = run(process.env.CXX ?? "c++", ["--version"]).stdout ?? ""
   const hash = createHash("sha256").update(`${process.platform} ${process.arch} ${process.versions.node}\n${compiler}\n${toolkit?.version ?? "no toolkit"}\n`)
-  const walk = (folder) => {
-    for (const entry of readdirSync(folder, { withFileTypes: true }).sort((a, b) => (a.name < b.name ? -1 : 1))) {
-      const path = join(folder, entry.name)
-      if (entry.isDirectory()) walk(path)
-      else hash.update(`${relative(root, path)}\n`).update(readFileSync(path))
-    }
+  const walk = (path) => {
+    if (statSync(path).isDirectory()) for (const name of readdirSync(path).sort()) walk(join(path, name))
+    else if (!path.endsWith(".md")) hash.update(`${relative(root, path)}\n`).update(readFileSync(path))
   }
-  for (const folder of folders) walk(join(root, folder))
+  for (const path of paths) walk(join(root, path))
   return hash.digest("hex")
 }
 
@@ -138,8 +135,8 @@ export const buildTargets = (toolkit, targets) => {
   for (const args of steps) {
     const { status, stdout, stderr, error } = run("cmake", args)
     if (status !== 0) throw new CudaBuildError(`${stdout ?? ""}${stderr ?? ""}${error?.message ?? ""}\ncmake ${args.join(" ")} failed (above)`)
+    writeFileSync(stamp, mark) // what is configured is of use, whether or not its build ends
   }
-  writeFileSync(stamp, mark)
 }
 
 /** `npm run cuda:build`: the addon of GPUs, with whatever toolkit there is. */

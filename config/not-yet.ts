@@ -21,7 +21,6 @@ const rules: ReadonlyArray<Rule> = [
   ({ scheduler }) => one(!["cache-aware", "least-loaded"].includes(scheduler.policy), ["scheduler", "policy"], "cache-aware or least-loaded"),
   ({ scheduler }) => one(scheduler.admission !== "none", ["scheduler", "admission"], "none"),
   ({ scheduler }) => one(scheduler.objectives !== undefined, ["scheduler", "objectives"], "no objectives key"),
-  eachWorker((worker, at) => one(worker.device !== "cpu", [...at, "device"], "cpu")),
   eachWorker((worker, at) => one(Object.keys(worker.labels).length > 0, [...at, "labels"], "no labels"))
 ]
 

@@ -29,6 +29,7 @@ export interface WorkerOptions {
   readonly roles: ReadonlyArray<Role>
   readonly maxBatch: number
   readonly formatId: string
+  readonly mixedKv: boolean
   readonly kernels: EngineOptions
 }
 
@@ -51,6 +52,9 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
     const { buses, namespace, id, roles, maxBatch, formatId } = options
     const link = (role: string) => new Link(buses.control, `${role} ${id}`, epoch)
     const kernels = yield* Effect.acquireRelease(Effect.tryPromise({ try: () => Kernels.load(options.kernels), catch: asError }), (loaded) => Effect.promise(() => loaded.close()))
+    const device = options.kernels.device ?? "cpu"
+    // How much of a GPU is whose is settled now, and for good.
+    if (device !== "cpu") process.stderr.write(`worker ${id}: ${kernels.info.device}\n`)
     const events = new KvEventLog()
     const storeWriter = new StoreWriter()
     const costs = new MeasuredCosts()
@@ -82,6 +86,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
       roles,
       engine,
       formatId,
+      mixedKv: options.mixedKv,
       kv: { layers, dtype, blockTokens, layerBlockBytes },
       costs,
       receiving: new Map(),
@@ -122,7 +127,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
         const { sequences, waiting, preemptions } = engine.load
         return {
           roles: [...made.roles],
-          device: "cpu",
+          device,
           load: { sequences, waiting, maxBatch: engine.maxBatch, preemptions },
           kv: { blocks: engine.blocks.limit, freeBlocks: engine.blocks.available, blockTokens, bytesPerToken: kernels.info.blockBytes / blockTokens, dtype, format: formatId },
           prefillTokPerS: prefillTokPerS(),
@@ -131,7 +136,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
       },
     })
     const { threads } = kernels.info
-    yield* workerActor({ link: link("worker"), namespace, worker: made, loaded: { threads, device: "cpu" }, members, announced: Effect.andThen(beat, announced) })
+    yield* workerActor({ link: link("worker"), namespace, worker: made, loaded: { threads, device }, members, announced: Effect.andThen(beat, announced) })
     yield* serving({ worker: made, kernels })
     return yield* Effect.flatMap(Effect.promise(() => engine.broken), (error) => Effect.fail(asError(error)))
   })

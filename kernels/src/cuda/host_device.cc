@@ -87,9 +87,6 @@ void* HostDevice::map(Allocations& allocations, size_t bytes) {
 void HostDevice::unmap(Allocations& allocations, void* memory, const char* what) {
   const auto found = allocations.find(reinterpret_cast<uintptr_t>(memory));
   if (found == allocations.end()) fail(std::string(what) + ": not the beginning of an allocation");
-  for (const FakeStream* stream : streams_) {
-    if (!stream->operations.empty()) fail(std::string(what) + ": operations are under way that may use it");
-  }
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(found->second.mapping, found->second.mapped);
 #endif
@@ -115,16 +112,20 @@ void* HostDevice::allocate(size_t bytes, const char* what) {
   return memory;
 }
 
-void HostDevice::free(void* memory) {
-  std::lock_guard<std::recursive_mutex> lock(mutex_);
-  refuse_in_capture("free");
-  // As cudaFree does, it waits for all that was put onto streams before.
+// As cudaFree and cudaFreeHost do, before they free anything.
+void HostDevice::finish_all() {
   run_until("free", [&] {
     for (const FakeStream* stream : streams_) {
       if (!stream->operations.empty()) return false;
     }
     return true;
   });
+}
+
+void HostDevice::free(void* memory) {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  refuse_in_capture("free");
+  finish_all();
   const auto found = device_.find(reinterpret_cast<uintptr_t>(memory));
   if (found != device_.end()) used_ -= found->second.bytes;
   unmap(device_, memory, "free");
@@ -140,6 +141,8 @@ void* HostDevice::allocate_pinned(size_t bytes, const char* what) {
 
 void HostDevice::free_pinned(void* memory) {
   std::lock_guard<std::recursive_mutex> lock(mutex_);
+  refuse_in_capture("free pinned memory");
+  finish_all();
   unmap(pinned_, memory, "free pinned memory");
 }
 
@@ -267,11 +270,15 @@ EventHandle HostDevice::create_event() {
 void HostDevice::destroy_event(EventHandle handle) {
   std::lock_guard<std::recursive_mutex> lock(mutex_);
   FakeEvent& event = event_of(handle);
-  for (const FakeStream* stream : streams_) {
-    for (const Operation& operation : stream->operations) {
-      if (operation.waits_for == &event || operation.records == &event) fail("an event is destroyed that streams have to do with");
+  // As CUDA does, it goes when no stream has to do with it any more.
+  run_until("destroy_event", [&] {
+    for (const FakeStream* stream : streams_) {
+      for (const Operation& operation : stream->operations) {
+        if (operation.waits_for == &event || operation.records == &event) return false;
+      }
     }
-  }
+    return true;
+  });
   events_.erase(&event);
   delete &event;
 }

@@ -103,6 +103,7 @@ class HostDevice : public Device {
   template <class Done>
   void run_until(const char* what, Done done);
   void open_memory(bool open);
+  void finish_all();
 
   const HostDeviceOptions options_;
   DeviceFacts facts_;

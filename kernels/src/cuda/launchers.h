@@ -51,8 +51,6 @@ void swiglu(const Queue& queue, int rows, const float* gate, const float* up, si
 
 // Products of any kinds that share their input.
 void linear(const Queue& queue, const Product* products, int count, const uint16_t* x, size_t x_stride, int rows);
-// Whether `rows` rows are few. No bit depends on it.
-bool few_rows(const Product* products, int count, int rows);
 void linear_few(const Queue& queue, const Product* products, int count, const uint16_t* x, size_t x_stride, int rows);
 void linear_many(const Queue& queue, const Product* products, int count, const uint16_t* x, size_t x_stride, int rows);
 

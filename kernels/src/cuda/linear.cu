@@ -8,7 +8,11 @@ namespace penstock::cuda {
 
 namespace {
 
-constexpr int kMostFewRows = 16;
+// Up to so many rows the kernel for few takes all at once; up to the other it is the better one where the kernel for many would
+// leave processors idle, though it reads the weights again for every sixteen rows, from the cache mostly.
+constexpr int kFewRows = 16;
+constexpr int kMostFewRows = 64;
+constexpr int kPanelsOfBlock = kManyRowsWarps * kPanelsOfWarp;
 constexpr size_t kMostShared = 96 << 10;
 
 size_t few_shared(const DeviceMatrix& matrix, int tiles) { return size_t(matrix.slices()) * tiles * 512; }
@@ -38,17 +42,23 @@ void with_kind(WeightKind kind, Body body) {
   }
 }
 
-}  // namespace
+unsigned blocks_of_many(const DeviceMatrix& matrix) { return (matrix.panels + kPanelsOfBlock - 1) / kPanelsOfBlock; }
 
-bool few_rows(const Product* products, int count, int rows) {
-  if (rows > kMostFewRows) return false;
-  size_t most = 0;
-  for (int i = 0; i < count; ++i) most = std::max(most, few_shared(products[i].matrix, rows > kTileRows ? 2 : 1));
-  return most <= kMostShared;
+// No bit depends on it.
+bool few_rows(const Product* products, int count, int rows, int processors) {
+  size_t shared = 0;
+  unsigned blocks = 0;
+  for (int i = 0; i < count; ++i) {
+    shared = std::max(shared, few_shared(products[i].matrix, rows > kTileRows ? 2 : 1));
+    blocks += blocks_of_many(products[i].matrix);
+  }
+  return shared <= kMostShared && (rows <= kFewRows || (rows <= kMostFewRows && blocks < static_cast<unsigned>(processors)));
 }
 
+}  // namespace
+
 void linear(const Queue& queue, const Product* products, int count, const uint16_t* x, size_t x_stride, int rows) {
-  if (few_rows(products, count, rows)) {
+  if (few_rows(products, count, rows, queue.device.facts().processors)) {
     linear_few(queue, products, count, x, x_stride, rows);
   } else {
     linear_many(queue, products, count, x, x_stride, rows);
@@ -73,10 +83,9 @@ void linear_few(const Queue& queue, const Product* products, int count, const ui
 }
 
 void linear_many(const Queue& queue, const Product* products, int count, const uint16_t* x, size_t x_stride, int rows) {
-  constexpr int kPanelsOfBlock = kManyRowsWarps * kPanelsOfWarp;
   for_each_kind(products, count, [&](WeightKind kind, const Products& same) {
     unsigned blocks = 0;
-    for (int i = 0; i < same.count; ++i) blocks += (same.product[i].matrix.panels + kPanelsOfBlock - 1) / kPanelsOfBlock;
+    for (int i = 0; i < same.count; ++i) blocks += blocks_of_many(same.product[i].matrix);
     const Size3 grid = {blocks, static_cast<unsigned>((rows + kManyRows - 1) / kManyRows)};
     with_kind(kind, [&]<WeightKind k>() {
       launch(queue.device, queue.stream, "linear_many_rows", linear_many_rows_kernel<k>, grid, {kManyRowsWarps * 32}, kManyRowsShared, same, x,

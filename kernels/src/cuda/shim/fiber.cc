@@ -7,7 +7,7 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <pthread.h>
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #endif
 
 #if !defined(__x86_64__)
@@ -80,6 +80,10 @@ Fiber::Fiber()
 Fiber::~Fiber() { munmap(stack_, kStackBytes); }
 
 void Fiber::prepare(void (*entry)()) {
+#if defined(__SANITIZE_ADDRESS__)
+  // What a thread that never ended has left on its stack.
+  __asan_unpoison_memory_region(const_cast<void*>(context_.bottom_), context_.bytes_);
+#endif
   void** top = reinterpret_cast<void**>(static_cast<char*>(stack_) + kStackBytes);
   *--top = nullptr;  // where `entry` would return to; leaves the stack aligned as after a call
   *--top = reinterpret_cast<void*>(entry);

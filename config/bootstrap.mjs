@@ -105,8 +105,9 @@ const sourcesDigest = () => {
   const walk = (folder) => {
     for (const entry of readdirSync(folder, { withFileTypes: true }).sort((a, b) => (a.name < b.name ? -1 : 1))) {
       const path = join(folder, entry.name)
-      if (entry.isDirectory()) walk(path)
-      else if (!entry.name.endsWith(".ts")) hash.update(`${relative(root, path)}\n`).update(readFileSync(path))
+      if (entry.isDirectory()) {
+        if (entry.name !== "cuda") walk(path) // an addon of its own
+      } else if (!entry.name.endsWith(".ts") && !entry.name.endsWith(".md")) hash.update(`${relative(root, path)}\n`).update(readFileSync(path))
     }
   }
   walk(at("kernels"))
@@ -262,13 +263,25 @@ try {
     case "test":
       process.exitCode = await runTests(args)
       break
+    case "cuda-toolchain": {
+      const { fetchToolkit } = await import("./cuda-build.mjs")
+      const { from, path, version } = fetchToolkit(say)
+      say(`CUDA ${version}: ${path} (${from})`)
+      break
+    }
+    case "cuda-build":
+      ;(await import("./cuda-build.mjs")).buildCudaAddon(say)
+      break
+    case "cuda-test":
+      process.exitCode = await runChild([...sourceArguments, at("test", "cuda", "main.ts"), ...args])
+      break
     case "sanitize":
       process.exitCode = await runChild([...sourceArguments, at("test", "sanitize", "main.ts"), ...args])
       break
     default:
-      throw new Remedy(`config/bootstrap.mjs: expected build, start, run, test or sanitize, found ${String(task)}`)
+      throw new Remedy(`config/bootstrap.mjs: expected build, start, run, test, sanitize, cuda-toolchain, cuda-build or cuda-test, found ${String(task)}`)
   }
 } catch (error) {
-  say(error instanceof Remedy || error?.code === "ENOSPC" ? error.message : (error?.stack ?? String(error)))
+  say(error instanceof Remedy || error?.code === "ENOSPC" || error?.constructor?.name === "CudaBuildError" ? error.message : (error?.stack ?? String(error)))
   process.exit(1)
 }

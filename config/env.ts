@@ -17,6 +17,8 @@ export interface Env {
   readonly threads: number | undefined
   /** A nats-server binary. */
   readonly natsServer: string | undefined
+  /** The addon of workers on a GPU, instead of the one in build/cuda. */
+  readonly cudaAddon: string | undefined
   /** A Jaeger binary, for the test of traces. */
   readonly jaeger: string | undefined
   /** The folder of node-llama-cpp, for a bench beside it. */
@@ -84,6 +86,7 @@ export const readEnv = (variables: NodeJS.ProcessEnv = process.env): Env => {
     isa,
     threads: integer("PENSTOCK_THREADS", 1, 1024),
     natsServer: absolute("PENSTOCK_NATS_SERVER"),
+    cudaAddon: absolute("PENSTOCK_CUDA_ADDON"),
     jaeger: absolute("PENSTOCK_JAEGER"),
     nodeLlamaCpp: absolute("PENSTOCK_NODE_LLAMA_CPP"),
     openVinoPython: absolute("PENSTOCK_OPENVINO_PYTHON"),

@@ -219,6 +219,9 @@ export const limits = {
   /** Share of the machine's free memory that `kv.blocks: auto` takes at most, and its bound. */
   autoPoolMemoryShare: 0.25,
   autoPoolBytes: 2 * 1024 * 1024 * 1024,
+  /** On a GPU weights take up to so much of the bytes that they have in the file, and `kv.blocks: auto` this share of what they leave. */
+  gpuWeightShare: 1.4,
+  gpuPoolMemoryShare: 0.8,
   /** Longest wait for what a worker decodes to go on elsewhere, or to end, before it is stopped. */
   drainDeadlineMs: 30_000,
   /** A step of a plan that failed is tried again after this long, doubling … */

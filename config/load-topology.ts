@@ -55,6 +55,17 @@ const crossChecks = (topology: Topology): ReadonlyArray<Problem> => {
       if (found !== expected) problems.push({ path: ["workers", index, "kv", key], message: `expected ${expected}, as workers[0] has, found ${found}` })
     }
   })
+  // KV of a CPU and of a GPU differ in their last bits, so that what one has computed is not what the other would have.
+  const kindOf = ({ device }: Topology["workers"][number]): string => (device === "cpu" ? "cpu" : "cuda")
+  const decoding = topology.workers.find((worker) => worker.roles.includes("decode"))
+  topology.workers.forEach((worker, index) => {
+    const [first] = topology.workers
+    if (!topology.mixedKv && kindOf(worker) !== kindOf(first!)) {
+      problems.push({ path: ["workers", index, "device"], message: `expected ${kindOf(first!)}, as workers[0] has, found ${worker.device}: KV of the two differs in its last bits, and mixedKv: true says that this may be` })
+    } else if (topology.mixedKv && decoding !== undefined && worker.roles.includes("decode") && kindOf(worker) !== kindOf(decoding)) {
+      problems.push({ path: ["workers", index, "device"], message: `expected ${kindOf(decoding)}, as ${decoding.name} has, found ${worker.device}: all that decode have one kind of device` })
+    }
+  })
   for (const role of roles) {
     if (topology.workers.length > 0 && !topology.workers.some((worker) => worker.roles.includes(role))) {
       problems.push({ path: ["workers"], message: `no worker has the role ${role}; at least one must` })

@@ -11,9 +11,6 @@ type Rule = (topology: Topology) => ReadonlyArray<NotYet>
 
 const one = (wanted: boolean, path: ReadonlyArray<string | number>, use: string): ReadonlyArray<NotYet> => (wanted ? [{ path, use }] : [])
 
-const eachWorker = (rule: (worker: Topology["workers"][number], at: ReadonlyArray<string | number>) => ReadonlyArray<NotYet>): Rule =>
-  (topology) => topology.workers.flatMap((worker, index) => rule(worker, ["workers", index]))
-
 /** Delete a line when its feature is built; nothing else knows of it. */
 const rules: ReadonlyArray<Rule> = [
   ({ gateway }) => one(gateway.replicas > 1, ["gateway", "replicas"], "1"),
@@ -21,7 +18,6 @@ const rules: ReadonlyArray<Rule> = [
   ({ scheduler }) => one(!["cache-aware", "least-loaded"].includes(scheduler.policy), ["scheduler", "policy"], "cache-aware or least-loaded"),
   ({ scheduler }) => one(scheduler.admission !== "none", ["scheduler", "admission"], "none"),
   ({ scheduler }) => one(scheduler.objectives !== undefined, ["scheduler", "objectives"], "no objectives key"),
-  eachWorker((worker, at) => one(worker.device !== "cpu", [...at, "device"], "cpu"))
 ]
 
 /** Everything in this topology that would silently do nothing if it were let through. */

@@ -187,6 +187,7 @@ export const Topology = Schema.Struct({
   request: key("Actors that each see requests through, from text to text.", Schema.Struct({ replicas: key("How many there are.", integer(1, 64), 1) }), {}),
   scheduler: key("Who decides where a request is computed.", scheduler, {}),
   workers: key("Who computes: each has one device, the model's weights and a KV pool.", Schema.Array(worker).annotate({ json: { minItems: 1 } }), [{ name: "w0" }]),
+  mixedKv: key("Whether prompts may be computed on a CPU and decoded on a GPU, or the other way round, though KV of one differs from that of the other in its last bits.", flag, false),
   kvStore: key("Where blocks of KV are kept that the pools have no room for.", kvStore, {}),
   telemetry: key(
     "Traces of requests.",

@@ -26,8 +26,8 @@ const usage = `Usage: npm run -s penstock -- COMMAND
   nats-permissions [--cluster NAME] [--keys FOLDER] [--json]
                                                       print users for a NATS server's configuration, one for each kind of process
   bench bus|kv [--json]                               measure the bus, or what moving KV costs
-  bench kernels [--model MODEL] [--vs llama.cpp|openvino] [--text FILE] [--json]
-                                                      measure the native engine, beside another where --vs names one
+  bench kernels [--model MODEL] [--vs llama.cpp|openvino | --device cuda:N] [--text FILE] [--json]
+                                                      measure the native engine, on a CPU beside another where --vs names one
   bench serve [--turns N] [--topology FILE] [--json]  measure what clients see: conversations, reused KV, short chats
   --help, --version
 
@@ -52,6 +52,7 @@ const parse = (args: ReadonlyArray<string>) => {
         json: { type: "boolean" },
         model: { type: "string" },
         vs: { type: "string" },
+        device: { type: "string" },
         text: { type: "string" },
         turns: { type: "string" },
         nats: { type: "string" },
@@ -135,17 +136,20 @@ const peers = ["llama.cpp", "openvino"] as const
 const runBench = async ([found, ...more]: ReadonlyArray<string>, values: ReturnType<typeof parse>["values"]): Promise<number> => {
   const name = benches.find((known) => known === found)
   if (name === undefined || more.length > 0) throw new UsageError(`bench: expected one of ${benches.join(", ")}`)
-  if (name !== "kernels" && (values.model ?? values.vs ?? values.text) !== undefined) throw new UsageError("--model, --vs and --text belong to bench kernels")
+  if (name !== "kernels" && (values.model ?? values.vs ?? values.text ?? values.device) !== undefined) throw new UsageError("--model, --vs, --text and --device belong to bench kernels")
   if (name !== "serve" && (values.topology ?? values.turns) !== undefined) throw new UsageError("--topology and --turns belong to bench serve")
   const vs = peers.find((known) => known === values.vs)
   if (values.vs !== undefined && vs === undefined) throw new UsageError(`--vs: expected one of ${peers.join(", ")}, found "${values.vs}"`)
+  const device = values.device ?? "cpu"
+  if (!/^(cpu|cuda(:\d{1,3})?)$/.test(device)) throw new UsageError(`--device: expected cpu, cuda or cuda:N, found "${device}"`)
+  if (device !== "cpu" && (values.vs ?? values.text) !== undefined) throw new UsageError("--vs and --text are for --device cpu")
   const turns = values.turns === undefined ? 5 : /^\d{1,2}$/.test(values.turns) ? Number(values.turns) : Number.NaN
   if (!(turns >= 2 && turns <= 20)) throw new UsageError(`--turns: expected a whole number in 2 … 20, found "${values.turns}"`)
   const topology = values.topology ?? defaultTopology
   const env = readEnv()
   const [{ bench }, { loadTopology }] = await Promise.all([import("./bench/bench.ts"), import("../config/load-topology.ts")])
   const model = () => fetchModel(name === "serve" ? loadTopology(topology).model : parseModel(values.model ?? "smollm2-135m", process.cwd()), fetchOptions(env))
-  return bench(name, { json: values.json === true, model, kernels: { vs, text: values.text, env }, serve: { topology, turns } })
+  return bench(name, { json: values.json === true, model, kernels: { vs, text: values.text, env }, device, serve: { topology, turns } })
 }
 
 const main = async (args: ReadonlyArray<string>): Promise<number> => {
@@ -201,6 +205,7 @@ const flags: Readonly<Record<Exclude<keyof ReturnType<typeof parse>["values"], "
   model: ["bench"],
   vs: ["bench"],
   text: ["bench"],
+  device: ["bench"],
   nats: ["node", "apply", "status", "drain"],
   name: ["node"],
   labels: ["node"],

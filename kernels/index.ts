@@ -65,6 +65,22 @@ export interface EngineOptions {
   readonly maxOutputs: number
   /** Most tokens in a sequence; at most the model's own context length, which is the default. */
   readonly maxContext?: number
+  /** "cpu", the default, or "cuda:N": a GPU, through an addon of its own. */
+  readonly device?: string
+  /** The addon of cuda:N; the one in build/cuda where it is left out. */
+  readonly cudaAddon?: string | undefined
+}
+
+/** A GPU as its driver tells it. */
+export interface DeviceFacts {
+  readonly name: string
+  readonly computeCapability: string
+  /** Streaming multiprocessors. */
+  readonly processors: number
+  readonly totalBytes: number
+  readonly freeBytes: number
+  /** Of its memory, by clock and width; 0 where the driver does not tell. */
+  readonly bytesPerS: number
 }
 
 export interface EngineInfo {
@@ -84,8 +100,11 @@ export interface EngineInfo {
   readonly blockBytes: number
   /** Bytes of one layer of one exported block: blockBytes / layers. */
   readonly layerBlockBytes: number
+  /** Of what the host computes. */
   readonly isa: InstructionSet
   readonly threads: number
+  /** "cpu", or a GPU's name with what is allocated there. */
+  readonly device: string
 }
 
 /** Everything that decides how tokens are drawn. A sampler is a pure function of this and of the tokens so far. */
@@ -142,7 +161,7 @@ interface Addon {
     metadata: Array<[string, GgufValue]>
     tensors: Array<GgufTensor>
   }>
-  loadEngine(options: EngineOptions): Promise<NativeEngine>
+  loadEngine(options: EngineOptions & { readonly deviceNumber?: number }): Promise<NativeEngine>
   crc32c(bytes: Uint8Array, seed: number, isa?: InstructionSet): number
   bestInstructionSet(): InstructionSet
   readonly numericsVersion: number
@@ -160,6 +179,11 @@ interface NativeEngine {
   close(): Promise<void>
 }
 
+/** What the addon of GPUs exports. */
+interface CudaAddon extends Pick<Addon, "loadEngine"> {
+  deviceFacts(device: number): DeviceFacts
+}
+
 const addonPath = fileURLToPath(new URL("../build/kernels/penstock.node", import.meta.url))
 
 let addon: Addon | undefined
@@ -170,6 +194,30 @@ const load = (): Addon => {
     addon = createRequire(import.meta.url)(addonPath) as Addon
   }
   return addon
+}
+
+const cudaAddonPath = fileURLToPath(new URL("../build/cuda/penstock-cuda.node", import.meta.url))
+
+/** N of "cuda:N", and of "cuda"; undefined for "cpu". */
+const gpuNumber = (device: string): number | undefined => {
+  const found = /^(?:cpu|cuda(?::(\d{1,3}))?)$/.exec(device)
+  if (found === null) throw new Error(`device: expected cpu, cuda or cuda:N, found ${device}`)
+  return device === "cpu" ? undefined : Number(found[1] ?? 0)
+}
+
+/** Only for who asks for a GPU: nothing else depends on it. */
+const loadCuda = (device: string, path: string = cudaAddonPath): CudaAddon => {
+  if (!existsSync(path)) {
+    throw new Error(`${device}: the CUDA addon is not built (${path}): run npm run cuda:build, which needs a CUDA 13 compiler (CUDA_HOME, PATH, or npm run cuda:toolchain); or set device: cpu`)
+  }
+  return createRequire(import.meta.url)(path) as CudaAddon
+}
+
+/** What a GPU is and has free. Throws where there is no driver, no such device, or one too old, saying what was found and is needed. */
+export const deviceFacts = (device: string, cudaAddon?: string): DeviceFacts => {
+  const number = gpuNumber(device)
+  if (number === undefined) throw new Error("device: expected cuda or cuda:N, found cpu")
+  return loadCuda(device, cudaAddon).deviceFacts(number)
 }
 
 /**
@@ -212,7 +260,9 @@ export class Engine {
     for (const key of ["blocks", "blockTokens", "threads", "maxRows", "maxOutputs"] as const) {
       if (!Number.isInteger(options[key]) || options[key] < 1) throw new Error(`${key}: expected a positive integer, found ${options[key]}`)
     }
-    return new Engine(await load().loadEngine(options))
+    const { device = "cpu", cudaAddon, ...rest } = options
+    const deviceNumber = gpuNumber(device)
+    return new Engine(await (deviceNumber === undefined ? load().loadEngine(rest) : loadCuda(device, cudaAddon).loadEngine({ ...rest, deviceNumber })))
   }
 
   /**

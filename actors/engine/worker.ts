@@ -16,6 +16,8 @@ export interface Worker {
   roles: ReadonlyArray<Role>
   readonly engine: Engine
   readonly formatId: string
+  /** Whether KV may go to a worker on another kind of device; see `formatsMeet`. */
+  readonly mixedKv: boolean
   readonly kv: KvLayout
   readonly costs: MeasuredCosts
   /** By transfer id: reservations whose KV another worker was to compute. */
@@ -42,3 +44,9 @@ export interface KvLayout {
 /** Names what stored KV depends on besides its hash: another model, dtype, block size, numerics or device never matches. */
 export const kvFormatId = (parts: { readonly modelDigest: string; readonly dtype: KvDtype; readonly blockTokens: number; readonly numericsVersion: number; readonly device: string }): string =>
   `${parts.modelDigest.slice(0, 16)}-${parts.dtype}-b${parts.blockTokens}-n${parts.numericsVersion}-${parts.device}`
+
+/** Whether KV of one format may be taken for another: formats that differ in nothing but the device, where the topology says `mixedKv`. */
+export const formatsMeet = (one: string, other: string, mixedKv: boolean): boolean => {
+  const withoutDevice = (formatId: string): string => formatId.slice(0, formatId.lastIndexOf("-"))
+  return one === other || (mixedKv && withoutDevice(one) === withoutDevice(other))
+}

@@ -8,7 +8,7 @@ import { Effect, type Scope } from "effect"
 import type { Env } from "../../config/env.ts"
 import { limits } from "../../config/limits.ts"
 import type { Topology } from "../../config/topology.ts"
-import { numericsVersion, readGguf, type Gguf } from "../../kernels/index.ts"
+import { deviceFacts, numericsVersion, readGguf, type Gguf } from "../../kernels/index.ts"
 import type { Buses } from "../runtime/bus.ts"
 import { Link } from "../runtime/link.ts"
 import { kvFormatId } from "../engine/worker.ts"
@@ -79,7 +79,7 @@ export const runComponent = (component: Component, epoch: number, context: Compo
         const tokenizer = new Tokenizer(gguf.metadata)
         const template = new ChatTemplate(gguf.metadata, tokenizer)
         const contextTokens = Math.max(...plans.map((plan) => plan.contextTokens))
-        return { tokenizer, template, modelDigest: model.sha256, formatId: formatOf(context), blockTokens: topology.workers[0]!.kv.blockTokens, contextTokens, sharesPrefixes: topology.kvStore.shared }
+        return { tokenizer, template, modelDigest: model.sha256, formatId: formatOf(context, Math.max(0, topology.workers.findIndex(({ roles }) => roles.includes("decode")))), blockTokens: topology.workers[0]!.kv.blockTokens, contextTokens, sharesPrefixes: topology.kvStore.shared }
       })
       yield* requestActor({ link, namespace, id, model: served, members: yield* Members.listen(buses.control, namespace) })
     }
@@ -94,21 +94,33 @@ export const contextTokensOf = (context: Pick<ComponentContext, "topology" | "mo
 
 const readModel = (model: ResolvedModel) => Effect.tryPromise({ try: () => readGguf(model.path), catch: (error) => new WorkerError((error as Error).message) })
 
-const planWorkers = (gguf: Gguf, { workers }: Topology) =>
-  workers.map(({ kv, maxBatch }) => planKv(gguf, { ...kv, maxBatch, freeBytes: process.availableMemory() / workers.length }))
+/** What weights and steps leave of a GPU's memory for KV; all there could be where it is another worker's. */
+const gpuBytes = (gguf: Gguf, freeBytes: number | undefined): number => {
+  if (freeBytes === undefined) return Number.POSITIVE_INFINITY
+  const weightBytes = gguf.tensors.reduce((sum, { bytes }) => sum + bytes, 0)
+  return Math.max(0, (freeBytes - weightBytes * limits.gpuWeightShare) * limits.gpuPoolMemoryShare)
+}
 
-const formatOf = ({ topology, model }: ComponentContext): string => {
-  const { blockTokens, dtype } = topology.workers[0]!.kv
-  return kvFormatId({ modelDigest: model.sha256, dtype, blockTokens, numericsVersion: numericsVersion(), device: "cpu" })
+/** `freeBytes` are those of the GPU of worker `self`. */
+const planWorkers = (gguf: Gguf, { workers }: Topology, self?: string, freeBytes?: number) =>
+  workers.map(({ name, device, kv, maxBatch }) =>
+    planKv(gguf, { ...kv, maxBatch, ...(device === "cpu" ? { freeBytes: process.availableMemory() / workers.length } : { gpu: true, freeBytes: gpuBytes(gguf, name === self ? freeBytes : undefined) }) }),
+  )
+
+/** Numerics of a GPU are not those of a CPU: their KV never matches. */
+const formatOf = ({ topology, model }: ComponentContext, index: number): string => {
+  const { device, kv: { blockTokens, dtype } } = topology.workers[index]!
+  return kvFormatId({ modelDigest: model.sha256, dtype, blockTokens, numericsVersion: numericsVersion(), device: device === "cpu" ? "cpu" : "cuda" })
 }
 
 const runWorker = (id: string, epoch: number, context: ComponentContext, ready: Effect.Effect<void>) =>
   Effect.gen(function* () {
     const { topology, model, namespace, env, buses } = context
     const index = topology.workers.findIndex(({ name }) => name === id)
-    const { roles, maxBatch, threads, kv } = topology.workers[index]!
+    const { roles, maxBatch, threads, kv, device } = topology.workers[index]!
     const gguf = yield* readModel(model)
-    const { blocks, contextTokens, layerBlockBytes } = (yield* attempt(() => planWorkers(gguf, topology)))[index]!
+    const facts = device === "cpu" ? undefined : yield* attempt(() => deviceFacts(device, env.cudaAddon))
+    const { blocks, contextTokens, layerBlockBytes } = (yield* attempt(() => planWorkers(gguf, topology, id, facts?.freeBytes)))[index]!
     // KV leaves the process wherever there is a bus to others, at least for the store; in one process, where roles are apart.
     const movesChunks = buses.bulk.name !== "memory" || topology.workers.some((other) => other.roles.length === 1)
     if (movesChunks) yield* attempt(() => checkChunkFits(buses.bulk, { layerBlockBytes, blockTokens: kv.blockTokens }))
@@ -123,7 +135,9 @@ const runWorker = (id: string, epoch: number, context: ComponentContext, ready: 
       maxRows: limits.stepTokens,
       maxOutputs: limits.stepOutputs,
       maxContext: contextTokens,
+      device,
+      cudaAddon: env.cudaAddon,
     }
     const serving = (running: RunningWorker) => Effect.andThen(Effect.sync(() => context.onWorker?.(running)), ready)
-    return yield* worker({ buses, namespace, id, roles, maxBatch, formatId: formatOf(context), kernels, agent: context.agent }, epoch, serving)
+    return yield* worker({ buses, namespace, id, roles, maxBatch, formatId: formatOf(context, index), mixedKv: topology.mixedKv, kernels, agent: context.agent }, epoch, serving)
   })

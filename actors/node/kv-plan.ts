@@ -24,10 +24,10 @@ export interface KvPlan {
 }
 
 /**
- * `auto` takes a share of the free memory, at most what `maxBatch` full contexts need. Memory is touched only as blocks
- * are first used. Throws where the metadata does not say the model's shape.
+ * `auto` takes a share of the free memory, on a GPU all of it, at most what `maxBatch` full contexts need. On a CPU memory is touched
+ * only as blocks are first used. Throws where the metadata does not say the model's shape.
  */
-export const planKv = (model: Gguf, options: { readonly blocks: number | "auto"; readonly blockTokens: number; readonly dtype: KvDtype; readonly maxBatch: number; readonly freeBytes: number }): KvPlan => {
+export const planKv = (model: Gguf, options: { readonly blocks: number | "auto"; readonly blockTokens: number; readonly dtype: KvDtype; readonly maxBatch: number; readonly freeBytes: number; readonly gpu?: boolean }): KvPlan => {
   const architecture = String(model.metadata.get("general.architecture"))
   const context = required(model, `${architecture}.context_length`)
   const layers = required(model, `${architecture}.block_count`)
@@ -36,9 +36,11 @@ export const planKv = (model: Gguf, options: { readonly blocks: number | "auto";
   const headDim = integer(model, `${architecture}.attention.key_length`) ?? required(model, `${architecture}.embedding_length`) / heads
   const blockBytes = layers * 2 * kvHeads * kvBytes(options.dtype, headDim) * options.blockTokens
   const useful = Math.ceil(context / options.blockTokens) * options.maxBatch
-  const affordable = Math.floor(Math.min(options.freeBytes * limits.autoPoolMemoryShare, limits.autoPoolBytes) / blockBytes)
+  // A GPU is its worker's own: what weights and steps leave of it is for KV.
+  const share = options.gpu === true ? options.freeBytes : Math.min(options.freeBytes * limits.autoPoolMemoryShare, limits.autoPoolBytes)
+  const affordable = Math.floor(share / blockBytes)
   const blocks = options.blocks === "auto" ? Math.max(1, Math.min(useful, affordable)) : options.blocks
-  if (blocks * blockBytes > totalmem()) {
+  if (options.gpu !== true && blocks * blockBytes > totalmem()) {
     throw new Error(`kv.blocks: ${blocks} blocks of ${blockBytes} bytes are more than this machine's memory of ${totalmem()} bytes; at most ${Math.floor(totalmem() / blockBytes)} fit`)
   }
   return { blocks, contextTokens: Math.min(context, blocks * options.blockTokens), layerBlockBytes: blockBytes / layers }

@@ -29,6 +29,7 @@ export interface WorkerOptions {
   readonly roles: ReadonlyArray<Role>
   readonly maxBatch: number
   readonly formatId: string
+  readonly mixedKv: boolean
   readonly kernels: EngineOptions
   /** The node of a cluster that it is part of. */
   readonly agent?: string | undefined
@@ -53,6 +54,9 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
     const { buses, namespace, id, roles, maxBatch, formatId } = options
     const link = (role: string) => new Link(buses.control, `${role} ${id}`, epoch)
     const kernels = yield* Effect.acquireRelease(Effect.tryPromise({ try: () => Kernels.load(options.kernels), catch: asError }), (loaded) => Effect.promise(() => loaded.close()))
+    const device = options.kernels.device ?? "cpu"
+    // How much of a GPU is whose is settled now, and for good.
+    if (device !== "cpu") process.stderr.write(`worker ${id}: ${kernels.info.device}\n`)
     const events = new KvEventLog()
     const storeWriter = new StoreWriter()
     const costs = new MeasuredCosts()
@@ -84,6 +88,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
       roles,
       engine,
       formatId,
+      mixedKv: options.mixedKv,
       kv: { layers, dtype, blockTokens, layerBlockBytes },
       costs,
       receiving: new Map(),
@@ -125,7 +130,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
         const { sequences, waiting, preemptions } = engine.load
         return {
           roles: [...made.roles],
-          device: "cpu",
+          device,
           load: { sequences, waiting, maxBatch: engine.maxBatch, preemptions },
           kv: { blocks: engine.blocks.limit, freeBlocks: engine.blocks.available, blockTokens, bytesPerToken: kernels.info.blockBytes / blockTokens, dtype, format: formatId },
           prefillTokPerS: prefillTokPerS(),
@@ -134,7 +139,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
       },
     })
     const { threads } = kernels.info
-    yield* workerActor({ link: link("worker"), namespace, worker: made, loaded: { threads, device: "cpu" }, members, announced: Effect.andThen(beat, announced) })
+    yield* workerActor({ link: link("worker"), namespace, worker: made, loaded: { threads, device }, members, announced: Effect.andThen(beat, announced) })
     yield* serving({ worker: made, kernels })
     return yield* Effect.flatMap(Effect.promise(() => engine.broken), (error) => Effect.fail(asError(error)))
   })

@@ -21,7 +21,7 @@ import { subject } from "../messages/subjects.ts"
 import { unpackTokens } from "../messages/tokens.ts"
 import { generationOf } from "../engine/generation.ts"
 import type { PrefillSink } from "../engine/sequence.ts"
-import type { Receiving, Worker } from "../engine/worker.ts"
+import { formatsMeet, type Receiving, type Worker } from "../engine/worker.ts"
 import { poolSource } from "../transfer/pool.ts"
 import { TransferSender, type SentTransfer } from "../transfer/transfer-sender.ts"
 import { fetchPrefix } from "./fetch-prefix.ts"
@@ -90,7 +90,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
 
   const elsewhereFor = ({ sequence, transfer, holder }: PrefillMessage, writer: StreamWriter, counts: Counts, trace: string | undefined) =>
     Effect.gen(function* () {
-      if (transfer.formatId !== worker.formatId) return yield* Effect.fail(fault("invalid_request", `holds KV of format ${worker.formatId}, ${transfer.worker} wants ${transfer.formatId}`))
+      if (!formatsMeet(transfer.formatId, worker.formatId, worker.mixedKv)) return yield* Effect.fail(fault("invalid_request", `holds KV of format ${worker.formatId}, ${transfer.worker} wants ${transfer.formatId}`))
       const { id } = transfer
       yield* Effect.acquireRelease(reserve(id, sequence, trace), () => Effect.sync(() => engine.cancel(id)))
       yield* fetchPrefix({ link, buses, namespace, worker, missing: engine.missingKv(id), holder })

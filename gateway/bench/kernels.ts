@@ -16,6 +16,7 @@ import { bestInstructionSet, instructionSets, readGguf, type Gguf } from "../../
 import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
 import { Tokenizer } from "../../actors/request/tokenizer.ts"
 import { median, rounded, table } from "./figures.ts"
+import { distinctTokens, numberOf, work } from "./work.ts"
 import { besideOthers } from "./others.ts"
 import { contextTokens, firstPromptTokens, longestPrompt, type KernelsOrder, type KernelsReport, type OpenOptions } from "./kernels-order.ts"
 import { openVino } from "./openvino.ts"
@@ -108,12 +109,6 @@ interface Contestant {
 
 const attempt = <A>(run: () => Promise<A>): Effect.Effect<A, Error> => Effect.tryPromise({ try: run, catch: (error) => error as Error })
 
-/** Token ids that all differ: a walk through the vocabulary from somewhere else each time. */
-const distinctTokens = (count: number, vocabulary: number, salt: number): ReadonlyArray<number> => {
-  const stride = 7_919 // a prime that divides no vocabulary in use
-  return Array.from({ length: count }, (_, i) => ((i + 1) * stride + salt * 104_729) % vocabulary)
-}
-
 /** Starts a fresh process, and resolves to how long its model and first token took. */
 const open = (contestant: Contestant, vocabulary: number): Effect.Effect<{ readonly process: Process; readonly tookMs: number }, Error, Scope.Scope> =>
   Effect.flatMap(contestant.start, (process) =>
@@ -162,26 +157,6 @@ const alternate = async (workload: Workload, processes: ReadonlyArray<Process>, 
 const peaks = async (threads: number, isa: string): Promise<{ readonly peakGmacPerS: number; readonly peakReadGbPerS: number }> => {
   const { stdout } = await promisify(execFile)(peaksProgram, [String(threads), isa])
   return JSON.parse(stdout) as { peakGmacPerS: number; peakReadGbPerS: number }
-}
-
-/** A number under the architecture's name; 0 where there is none. */
-const numberOf = (metadata: Gguf["metadata"], key: string): number => Number(metadata.get(`${String(metadata.get("general.architecture"))}.${key}`) ?? 0)
-
-/** What a model's forward multiplies and reads at least. */
-const work = ({ tensors, metadata }: Gguf) => {
-  const embedding = tensors.find(({ name }) => name === "token_embd.weight")
-  const head = tensors.find(({ name }) => name === "output.weight") ?? embedding
-  const layers = tensors.filter(({ name, shape }) => shape.length === 2 && name.startsWith("blk."))
-  const size = (tensor: Gguf["tensors"][number] | undefined): number => tensor?.shape.reduce((a, b) => a * b, 1) ?? 0
-  const number = (key: string): number => numberOf(metadata, key)
-  const headDim = number("attention.key_length") || number("embedding_length") / number("attention.head_count")
-  return {
-    layerMacs: layers.reduce((sum, tensor) => sum + size(tensor), 0),
-    headMacs: size(head),
-    layerBytes: layers.reduce((sum, { bytes }) => sum + bytes, 0),
-    headBytes: head?.bytes ?? 0,
-    kvBytes: number("block_count") * 2 * (number("attention.head_count_kv") || number("attention.head_count")) * headDim * 2,
-  }
 }
 
 const ratesOf = (rate: (workload: Workload) => number): Rates => Object.fromEntries(workloads.map((workload) => [workload.name, rounded(rate(workload))])) as Rates

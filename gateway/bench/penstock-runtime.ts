@@ -1,5 +1,5 @@
 /** Penstock's own engine under `bench kernels`: the kernels alone, without actors, scheduling or tokenizer. */
-import { Engine, type SamplerOptions } from "../../kernels/index.ts"
+import { Engine, type EngineOptions, type SamplerOptions } from "../../kernels/index.ts"
 import { answering, chunkTokens, contextTokens, longestPrompt, mostSequences, mostSteps, type KernelsOrder, type KernelsReport, type OpenOptions, type Runtime } from "./kernels-order.ts"
 
 const blockTokens = 16
@@ -87,11 +87,12 @@ class PenstockRuntime implements Runtime {
   }
 }
 
-const open = async ({ path, threads, isa, scored }: OpenOptions, _: void, prompt: ReadonlyArray<number>): Promise<Runtime> => {
+/** On the CPU, or on the device that is said. */
+export const openPenstock = (on: Pick<EngineOptions, "device" | "cudaAddon"> = {}) => async ({ path, threads, isa, scored }: OpenOptions, _: void, prompt: ReadonlyArray<number>): Promise<Runtime> => {
   const blocks = mostSequences * sequenceBlocks + blocksFor(Math.max(longestPrompt, scored))
-  const runtime = new PenstockRuntime(await Engine.load({ path, blocks, blockTokens, threads, ...(isa === undefined ? {} : { isa }), maxRows: chunkTokens, maxOutputs: chunkTokens }))
+  const runtime = new PenstockRuntime(await Engine.load({ path, blocks, blockTokens, threads, ...(isa === undefined ? {} : { isa }), maxRows: chunkTokens, maxOutputs: chunkTokens, ...on }))
   await runtime.prefill(prompt)
   return runtime
 }
 
-export const servingPenstock = (): ((order: KernelsOrder) => Promise<KernelsReport>) => answering(() => Promise.resolve(), open)
+export const servingPenstock = (): ((order: KernelsOrder) => Promise<KernelsReport>) => answering(() => Promise.resolve(), openPenstock())

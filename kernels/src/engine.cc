@@ -1,16 +1,9 @@
 #include "engine.h"
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <cmath>
-#include <exception>
 #include <limits>
-#include <mutex>
 #include <stdexcept>
 #include <unordered_set>
-
-#include "gguf.h"
 
 namespace penstock {
 
@@ -39,33 +32,23 @@ void check_length(const char* array, size_t length, size_t most) {
     refuse(std::string("Batch.") + array, "expected at most " + std::to_string(most) + ", found " + std::to_string(length));
 }
 
-bool all_finite(const float* values, int count) {
-  int bad = 0;
-  for (int i = 0; i < count; ++i) bad |= !(std::fabs(values[i]) <= std::numeric_limits<float>::max());
-  return bad == 0;
-}
-
 }  // namespace
 
-Engine::Engine(const EngineOptions& options) : options_(options), kernels_(select_kernels(options.isa)), pool_(options.threads) {
-  const std::shared_ptr<GgufFile> file = GgufFile::open(options.path);
-  model_ = std::make_unique<Model>(*file, pool_);
-  const ModelShape& shape = model_->shape();
-  if (options_.max_context == 0) options_.max_context = shape.context;
-  if (options_.max_context > shape.context) {
-    refuse("maxContext",
-           "expected at most the model's " + std::to_string(shape.context) + ", found " + std::to_string(options_.max_context));
-  }
-  kv_ = std::make_unique<KvPool>(kernels_, options_.kv_dtype, shape.layers, options_.blocks, shape.kv_heads, options_.block_tokens,
-                                 shape.head_dim);
-  forward_ = std::make_unique<Forward>(*model_, kernels_, *kv_, pool_, options_.max_rows,
-                                       std::min(options_.max_rows, options_.max_outputs), options_.max_context);
-  sampler_scratch_.resize(options_.threads);
+Engine::Engine(const EngineOptions& options) : options_(options), shape_{}, isa_(std::min(options.isa, best_instruction_set())) {
   segments_.reserve(options_.max_rows);
   outputs_.reserve(options_.max_outputs);
   logit_rows_.reserve(options_.max_rows);
   logit_row_of_.assign(options_.max_rows, -1);
   written_.assign(size_t(options_.blocks) * options_.block_tokens, 0);
+}
+
+void Engine::adopt(const ModelShape& shape) {
+  shape_ = shape;
+  if (options_.max_context == 0) options_.max_context = shape.context;
+  if (options_.max_context > shape.context) {
+    refuse("maxContext",
+           "expected at most the model's " + std::to_string(shape.context) + ", found " + std::to_string(options_.max_context));
+  }
 }
 
 int32_t Engine::create_sampler(SamplerOptions options, const std::vector<int32_t>& prompt, const std::vector<int32_t>& output) {
@@ -90,7 +73,7 @@ void Engine::prepare(Batch batch) {
   check_outputs(batch);
   batch_ = std::move(batch);
   // Segments point into the block tables, which a move leaves in place.
-  forward_->plan(batch_.tokens.data(), segments_, logit_rows_);
+  plan();
 }
 
 void Engine::check_segments(const Batch& batch) {
@@ -178,52 +161,29 @@ void Engine::check_outputs(const Batch& batch) {
   }
 }
 
-StepResult Engine::run(LayerProgress* progress) {
-  const auto started = std::chrono::steady_clock::now();
-  const int vocabulary = shape().vocabulary;
-  const int outputs = static_cast<int>(outputs_.size());
+StepResult Engine::empty_result() const {
+  const size_t outputs = outputs_.size();
   StepResult result;
   for (const Output& output : outputs_) result.top_width = std::max(result.top_width, output.top);
   result.tokens.assign(outputs, -1);
   result.logprobs.assign(outputs, std::numeric_limits<float>::quiet_NaN());
-  result.top_tokens.assign(size_t(outputs) * result.top_width, -1);
-  result.top_logprobs.assign(size_t(outputs) * result.top_width, std::numeric_limits<float>::quiet_NaN());
-  if (batch_.want_logits) result.logits.resize(size_t(outputs) * vocabulary);
-
-  std::atomic<int> bad_row{-1};
-  std::exception_ptr error;
-  std::mutex error_mutex;
-  pool_.run([&](int thread) {
-    forward_->run(thread, progress);
-    pool_.for_each(thread, static_cast<int>(logit_rows_.size()), [&](int i) {
-      if (!all_finite(forward_->logits(i), vocabulary)) bad_row.store(logit_rows_[i]);
-    });
-    // All rows are checked before any sampler draws, so that a step that fails has changed no sampler.
-    if (bad_row.load() >= 0) return;
-    pool_.for_each(thread, outputs, [&](int i) {
-      try {
-        finish(outputs_[i], i, sampler_scratch_[thread], result);
-      } catch (...) {
-        std::lock_guard<std::mutex> lock(error_mutex);
-        error = std::current_exception();
-      }
-    });
-  });
-  outputs_.clear();
-  if (bad_row.load() >= 0) {
-    refuse("Batch.tokens[" + std::to_string(bad_row.load()) + "]",
-           "the logits of this row are not finite: the model or the KV it reads is damaged");
-  }
-  if (error) std::rethrow_exception(error);
-  result.compute_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - started).count();
+  result.top_tokens.assign(outputs * result.top_width, -1);
+  result.top_logprobs.assign(outputs * result.top_width, std::numeric_limits<float>::quiet_NaN());
+  if (batch_.want_logits) result.logits.resize(outputs * shape_.vocabulary);
   return result;
 }
 
-// Draws or scores one output.
-void Engine::finish(const Output& output, int index, SamplerScratch& scratch, StepResult& result) const {
-  const int vocabulary = shape().vocabulary;
-  const float* logits = forward_->logits(output.logit_row);  // [vocabulary]
-  const int32_t token = output.sampler != nullptr ? output.sampler->draw(logits, vocabulary, scratch) : output.target;
+void Engine::refuse_logits(int row) const {
+  refuse("Batch.tokens[" + std::to_string(row) + "]",
+         "the logits of this row are not finite: the model or the KV it reads is damaged");
+}
+
+void Engine::finish(const Output& output, int index, const float* logits, int32_t drawn, SamplerScratch& scratch,
+                    StepResult& result) const {
+  const int vocabulary = shape_.vocabulary;
+  const int32_t token = drawn >= 0                   ? drawn
+                        : output.sampler != nullptr ? output.sampler->draw(logits, vocabulary, scratch)
+                                                     : output.target;
   result.tokens[index] = token;
   if (output.top >= 0) {
     const float log_sum = log_sum_exp(logits, vocabulary);

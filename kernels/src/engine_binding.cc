@@ -152,11 +152,12 @@ Napi::Value NativeEngine::info(const Napi::CallbackInfo& info) {
     out.Set("contextLength", options.max_context);
     out.Set("blocks", options.blocks);
     out.Set("blockTokens", options.block_tokens);
-    out.Set("kvDtype", kv_dtype_name(engine.kv().dtype()));
-    out.Set("blockBytes", static_cast<double>(engine.kv().block_bytes()));
-    out.Set("layerBlockBytes", static_cast<double>(engine.kv().layer_block_bytes()));
+    out.Set("kvDtype", kv_dtype_name(options.kv_dtype));
+    out.Set("blockBytes", static_cast<double>(engine.block_bytes()));
+    out.Set("layerBlockBytes", static_cast<double>(engine.layer_block_bytes()));
     out.Set("isa", instruction_set_name(engine.isa()));
     out.Set("threads", options.threads);
+    out.Set("device", engine.device());
     return Napi::Value(out);
   });
 }
@@ -211,13 +212,13 @@ Napi::Value NativeEngine::step(const Napi::CallbackInfo& info) {
 
 // (blocks, firstLayer, layers, bytes, offset, seed); `bytes` is what the caller's own name for them is.
 LayerBytes NativeEngine::layer_bytes(const Napi::CallbackInfo& info, const char* bytes) const {
-  const KvPool& kv = engine().kv();
+  const int pool_blocks = engine().options().blocks;
   LayerBytes out;
   out.blocks = int32_argument(info, 0, "blocks");
   for (size_t i = 0; i < out.blocks.size(); ++i) {
-    if (out.blocks[i] < 0 || out.blocks[i] >= kv.blocks()) {
+    if (out.blocks[i] < 0 || out.blocks[i] >= pool_blocks) {
       throw std::runtime_error("blocks[" + std::to_string(i) + "]: " + std::to_string(out.blocks[i]) + " is not in 0 … " +
-                               std::to_string(kv.blocks() - 1));
+                               std::to_string(pool_blocks - 1));
     }
   }
   const int layers = engine().shape().layers;
@@ -226,7 +227,7 @@ LayerBytes NativeEngine::layer_bytes(const Napi::CallbackInfo& info, const char*
   Napi::Uint8Array array = bytes_argument(info, 3, bytes);
   const size_t length = array.ByteLength();
   const size_t offset = static_cast<size_t>(integer_value(argument(info, 4), "offset", 0.0, static_cast<double>(length)));
-  const size_t needed = out.blocks.size() * out.layers * kv.layer_block_bytes();
+  const size_t needed = out.blocks.size() * out.layers * engine().layer_block_bytes();
   if (needed > length - offset) {
     throw std::runtime_error(std::string(bytes) + ": expected at least " + std::to_string(needed) + " bytes from offset " +
                              std::to_string(offset) + " on, found " + std::to_string(length - offset));
@@ -342,7 +343,7 @@ class LoadWorker : public Napi::AsyncWorker {
 
   void Execute() override {
     try {
-      engine_ = std::make_shared<Engine>(options_);
+      engine_ = open_engine(options_);
     } catch (const std::bad_alloc&) {
       SetError("loadEngine: not enough memory for blocks, maxRows and maxOutputs");
     } catch (const std::exception& error) {

@@ -40,6 +40,7 @@ EngineOptions read_engine_options(const Napi::Object& object) {
   options.max_context =
       object.Get("maxContext").IsUndefined() ? 0 : static_cast<int>(integer_field(object, "maxContext", 1.0, 1 << 24));
   options.isa = read_instruction_set(object.Get("isa"));
+  options.device = object.Get("deviceNumber").IsUndefined() ? 0 : static_cast<int>(integer_field(object, "deviceNumber", 0.0, 999.0));
   return options;
 }
 

@@ -12,15 +12,17 @@
 #include <cstring>
 #include <limits>
 
+#include "portable.h"
+
 namespace penstock {
 
-static inline uint32_t bits_of(float value) {
+PENSTOCK_BOTH static inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-static inline float float_of(uint32_t bits) {
+PENSTOCK_BOTH static inline float float_of(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
@@ -45,7 +47,7 @@ struct ExpConstants {
 };
 
 // e^x. 0 below -87.3, infinity above 88.37, NaN for NaN.
-static inline float fixed_exp(float x) {
+PENSTOCK_BOTH static inline float fixed_exp(float x) {
   using C = ExpConstants;
   if (x != x) return x;
   if (x < C::lowest) return 0.0f;
@@ -127,7 +129,7 @@ struct SinCos {
 };
 
 // sin and cos of an angle below about 10^8, reduced in double by multiples of pi/2 in three parts.
-static inline SinCos fixed_sincos(double angle) {
+PENSTOCK_BOTH static inline SinCos fixed_sincos(double angle) {
   const double n = std::fma(angle, 6.36619772367581382433e-1, 6755399441055744.0) - 6755399441055744.0;
   double r = std::fma(-n, 1.57079632679489655800e+0, angle);
   r = std::fma(-n, 6.12323399573676603587e-17, r);
@@ -169,7 +171,7 @@ static inline float tree_sum16(const float lanes[16]) {
 }
 
 // To nearest, ties to even, for |x| < 2^22; NaN and infinity give some integer, without a trap.
-static inline int32_t round_to_int(float x) {
+PENSTOCK_BOTH static inline int32_t round_to_int(float x) {
   return static_cast<int32_t>(bits_of(x + kRoundingShift) - bits_of(kRoundingShift));
 }
 
@@ -177,7 +179,7 @@ static inline int32_t round_to_int(float x) {
 constexpr float kSmallestBlock = 1e-30f;
 
 // IEEE half to single, exact.
-static inline float float_of_half(uint16_t half) {
+PENSTOCK_BOTH static inline float float_of_half(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t exponent = (half >> 10) & 31u;
   const uint32_t mantissa = half & 0x3ffu;
@@ -188,7 +190,7 @@ static inline float float_of_half(uint16_t half) {
 }
 
 // Single to half, to nearest, ties to even; overflow gives infinity: what VCVTPS2PH does.
-static inline uint16_t half_of_float(float value) {
+PENSTOCK_BOTH static inline uint16_t half_of_float(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;

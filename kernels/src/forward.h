@@ -9,17 +9,10 @@
 #include "layer_progress.h"
 #include "model.h"
 #include "region.h"
+#include "segment.h"
 #include "thread_pool.h"
 
 namespace penstock {
-
-// Consecutive tokens of one sequence.
-struct Segment {
-  int first_row;
-  int rows;
-  int position;          // of the first row
-  const int32_t* table;  // block numbers; entry i holds positions i * block_tokens …
-};
 
 class Forward {
  public:

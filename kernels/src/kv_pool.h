@@ -11,18 +11,10 @@
 
 #include "cpu/crc32c.h"
 #include "cpu/kernels.h"
+#include "kv_range.h"
 #include "region.h"
 
 namespace penstock {
-
-// Some layers of some blocks. On the wire, little-endian: [layer][block][K|V][kv head]{[token][units], and of codes
-// scale [token], zero [token]}; the same in words in kernels/index.ts.
-struct KvRange {
-  const int32_t* blocks;  // [count]
-  size_t count;
-  int first_layer;
-  int layers;
-};
 
 class KvPool {
  public:

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "fixed_math.h"
+#include "philox.h"
 
 namespace penstock {
 
@@ -248,11 +249,16 @@ void Sampler::append(int32_t token) {
   output_length_++;
 }
 
+bool Sampler::suppresses() const {
+  return output_length_ < static_cast<size_t>(options_.min_tokens) && !options_.suppressed_tokens.empty();
+}
+
+bool Sampler::adjusts() const { return !options_.logit_bias.empty() || !seen_.empty() || suppresses(); }
+
 // The logits after bias, penalties and suppression; the raw ones where nothing changes them.
 const float* Sampler::adjust(const float* logits, SamplerScratch& scratch) const {
+  if (!adjusts()) return logits;
   const SamplerOptions& o = options_;
-  const bool suppressing = output_length_ < static_cast<size_t>(o.min_tokens) && !o.suppressed_tokens.empty();
-  if (o.logit_bias.empty() && seen_.empty() && !suppressing) return logits;
 
   scratch.logits.assign(logits, logits + vocabulary_);
   float* adjusted = scratch.logits.data();
@@ -268,7 +274,7 @@ const float* Sampler::adjust(const float* logits, SamplerScratch& scratch) const
     if (count > 0) value = bounded(value - (o.presence_penalty + o.frequency_penalty * static_cast<float>(count)));
     adjusted[token] = value;
   }
-  if (suppressing) {
+  if (suppresses()) {
     for (const int32_t token : o.suppressed_tokens) adjusted[token] = -std::numeric_limits<float>::infinity();
   }
   return adjusted;
@@ -276,8 +282,8 @@ const float* Sampler::adjust(const float* logits, SamplerScratch& scratch) const
 
 // In [0, 1), 53 bits.
 double Sampler::uniform() const {
-  const uint64_t position = static_cast<uint64_t>(prompt_length_) + output_length_;
-  const uint32_t counter[4] = {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), options_.choice, 0};
+  const uint64_t at = position();
+  const uint32_t counter[4] = {static_cast<uint32_t>(at), static_cast<uint32_t>(at >> 32), options_.choice, 0};
   const uint32_t key[2] = {static_cast<uint32_t>(options_.seed), static_cast<uint32_t>(options_.seed >> 32)};
   const Philox random = philox4x32_10(counter, key);
   return (static_cast<double>(random.word[0] >> 5) * 67108864.0 + static_cast<double>(random.word[1] >> 6)) / 9007199254740992.0;
@@ -395,21 +401,6 @@ void top_logprobs(const float* logits, int32_t vocab, float log_sum, int32_t cou
     tokens[at] = id;
   }
   for (int32_t i = 0; i < held; i++) logprobs[i] = log_softmax_at(logits, log_sum, tokens[i]);
-}
-
-Philox philox4x32_10(const uint32_t counter[4], const uint32_t key[2]) {
-  uint32_t c[4] = {counter[0], counter[1], counter[2], counter[3]};
-  uint32_t k[2] = {key[0], key[1]};
-  for (int round = 0; round < 10; round++) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * c[0];
-    const uint64_t product1 = uint64_t{0xCD9E8D57u} * c[2];
-    const uint32_t next[4] = {static_cast<uint32_t>(product1 >> 32) ^ c[1] ^ k[0], static_cast<uint32_t>(product1),
-                              static_cast<uint32_t>(product0 >> 32) ^ c[3] ^ k[1], static_cast<uint32_t>(product0)};
-    for (int i = 0; i < 4; i++) c[i] = next[i];
-    k[0] += 0x9E3779B9u;
-    k[1] += 0xBB67AE85u;
-  }
-  return {{c[0], c[1], c[2], c[3]}};
 }
 
 }  // namespace penstock

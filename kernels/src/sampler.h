@@ -66,9 +66,14 @@ class Sampler {
   void append(int32_t token);
 
   size_t output_length() const { return output_length_; }
+  // Of the next token: the length of prompt and output together.
+  uint64_t position() const { return static_cast<uint64_t>(prompt_length_) + output_length_; }
+  // Whether the next token is drawn from other logits than the model's.
+  bool adjusts() const;
   const SamplerOptions& options() const { return options_; }
 
  private:
+  bool suppresses() const;
   const float* adjust(const float* logits, SamplerScratch& scratch) const;
   int32_t draw_from_all(double total, const SamplerScratch& scratch) const;
   int32_t draw_from_some(const float* logits, float greatest, SamplerScratch& scratch) const;
@@ -95,11 +100,5 @@ float log_softmax_at(const float* logits /* [vocab] */, int32_t vocab, int32_t t
 // The `count` most likely tokens, most likely first, ties by lowest id; count is at most vocab.
 void top_logprobs(const float* logits /* [vocab] */, int32_t vocab, float log_sum, int32_t count,
                   int32_t* tokens /* [count] */, float* logprobs /* [count] */);
-
-// Philox 4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011).
-struct Philox {
-  uint32_t word[4];
-};
-Philox philox4x32_10(const uint32_t counter[4], const uint32_t key[2]);
 
 }  // namespace penstock

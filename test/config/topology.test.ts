@@ -35,7 +35,7 @@ describe("a topology file", () => {
   test("all mistakes at once, in the order of the file", () => {
     expect(problems("penstock: 2\nwrkers: 3\ngateway:\n  port: http\nscheduler: { policy: cache-awre }\nkvStore:\n  memory: much\nworkers:\n  - roles: [prefil]\n")).toEqual([
       "single.yaml:1: penstock: expected 1 (the version of this file's format), found 2",
-      "single.yaml:2: wrkers: unknown key, did you mean workers?; allowed: penstock, cluster, model, bus, gateway, request, scheduler, workers, kvStore, telemetry",
+      "single.yaml:2: wrkers: unknown key, did you mean workers?; allowed: penstock, cluster, model, bus, gateway, request, scheduler, workers, mixedKv, kvStore, telemetry",
       "single.yaml:4: gateway.port: expected a whole number in 0 … 65535, found \"http\"",
       "single.yaml:5: scheduler.policy: expected one of random, round-robin, least-loaded, cache-aware, kv-centric, found \"cache-awre\"; did you mean cache-aware?",
       "single.yaml:7: kvStore.memory: expected a size such as 256MiB (units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB), found \"much\"",
@@ -50,11 +50,17 @@ describe("a topology file", () => {
     expect(found.at(-1)).toBe("single.yaml: and 30 more")
   })
 
+  test("a CPU and a GPU together are declared, and all that decode are of one kind", () => {
+    const mixed = (more: string): ReadonlyArray<string> => problems(`penstock: 1\n${more}workers:\n  - { name: a, roles: [prefill] }\n  - { name: b, roles: [decode], device: "cuda:0" }\n`)
+    expect(mixed("")).toEqual(["single.yaml:4: workers[1].device: expected cpu, as workers[0] has, found cuda:0: KV of the two differs in its last bits, and mixedKv: true says that this may be"])
+    expect(mixed("mixedKv: true\n")).toEqual([])
+    expect(problems(`penstock: 1\nmixedKv: true\nworkers:\n  - { name: a }\n  - { name: b, device: cuda }\n`)).toEqual(["single.yaml:5: workers[1].device: expected cpu, as a has, found cuda: all that decode have one kind of device"])
+  })
+
   test.each([
     ["scheduler: { policy: kv-centric }", "scheduler.policy", "use cache-aware"],
     ["scheduler: { policy: random }", "scheduler.policy", "use cache-aware"],
     ["gateway: { replicas: 2 }", "gateway.replicas", "use 1"],
-    ["workers: [{ name: a, device: cuda }]", "workers[0].device", "use cpu"],
   ])("%s is in the design but not built: refused, not ignored", (line, path, use) => {
     const [problem = "", ...rest] = problems(`penstock: 1\n${line}\n`)
     expect(rest).toEqual([])

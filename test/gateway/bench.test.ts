@@ -84,6 +84,9 @@ it("an unknown bench is a wrong command line", async () => {
   await expect(penstock("pull", "smollm2-135m", "--json")).rejects.toMatchObject({ code: 2 })
   await expect(penstock("bench", "bus", "--vs", "llama.cpp")).rejects.toMatchObject({ code: 2, stderr: expect.stringContaining("belong to bench kernels") })
   await expect(penstock("pull", "smollm2-135m", "--text", "x")).rejects.toMatchObject({ code: 2 })
+  await expect(penstock("bench", "kernels", "--device", "gpu")).rejects.toMatchObject({ code: 2, stderr: expect.stringContaining("expected cpu, cuda or cuda:N") })
+  // Whatever is there, the ninety-eighth device is not.
+  await expect(penstock("bench", "kernels", "--model", `file:${model}`, "--device", "cuda:97")).rejects.toMatchObject({ code: 1, stderr: expect.stringMatching(/^cuda:97: (the CUDA addon is not built|found)/m) })
   await expect(penstock("bench", "kernels", "--vs", "everything")).rejects.toMatchObject({ code: 2, stderr: expect.stringContaining("llama.cpp, openvino") })
 })
 

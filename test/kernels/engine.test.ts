@@ -64,6 +64,7 @@ describe("a loaded engine", () => {
       layerBlockBytes: 2 * 2 * 8 * 16 * 2,
       isa: bestInstructionSet(),
       threads: 2,
+      device: "cpu",
     })
     expect(numericsVersion()).toBeGreaterThanOrEqual(1)
   })

@@ -17,7 +17,7 @@
 #include <thread>
 #include <vector>
 
-#include "engine.h"
+#include "cpu_engine.h"
 #include "layer_progress.h"
 
 using namespace penstock;
@@ -64,7 +64,7 @@ struct Setup {
 };
 
 std::unique_ptr<Engine> load(const Setup& setup, int threads) {
-  return std::make_unique<Engine>(EngineOptions{setup.path, kBlocks, kBlockTokens, setup.dtype, threads, kMaxRows, kMaxOutputs, 0, setup.isa});
+  return std::make_unique<CpuEngine>(EngineOptions{setup.path, kBlocks, kBlockTokens, setup.dtype, threads, kMaxRows, kMaxOutputs, 0, setup.isa, 0});
 }
 
 // A seeded crowd of sequences that grow by chunks of any length; the same for every engine.
@@ -176,7 +176,7 @@ void batches(const Setup& setup) {
 void layer_events(const Setup& setup) {
   const auto engine = load(setup, 3);
   const int layers = engine->shape().layers;
-  const size_t bytes = engine->kv().layer_block_bytes();
+  const size_t bytes = engine->layer_block_bytes();
   Crowd crowd(2);
   Events events;
   for (int step = 0; step < 12; ++step) {
@@ -205,7 +205,7 @@ void transfers(const Setup& setup) {
   const auto from = load(setup, 2);
   results_of(*from, 3);
   const int layers = from->shape().layers;
-  const size_t bytes = from->kv().layer_block_bytes();
+  const size_t bytes = from->layer_block_bytes();
   const std::vector<int32_t> source = {0, 1, 8, 9};
   const std::vector<int32_t> target = {kFirstFreeBlock, kFirstFreeBlock + 3, kFirstFreeBlock + 1, kFirstFreeBlock + 5};
   std::vector<uint8_t> wire(source.size() * bytes * layers + 1);  // at an odd address, as chunks may be
@@ -255,8 +255,8 @@ void cancels(const Setup& setup) {
 void failures(const Setup& setup) {
   const auto engine = load(setup, 3);
   const std::vector<int32_t> block = {0};
-  const std::vector<uint8_t> nan(engine->kv().block_bytes(), 0xff);
-  std::vector<uint8_t> good(engine->kv().block_bytes());
+  const std::vector<uint8_t> nan(engine->block_bytes(), 0xff);
+  std::vector<uint8_t> good(engine->block_bytes());
   Batch batch;
   batch.tokens = {5, 6};
   batch.segments = {2, 3, 0, 1};

@@ -59,6 +59,7 @@ export class FakeKernels implements StepKernels {
       layerBlockBytes: blockTokens * 4,
       isa: "reference",
       threads: 1,
+      device: "cpu",
     }
     this.#blocks = Array.from({ length: blocks }, () => new Int32Array(blockTokens).fill(-1))
   }

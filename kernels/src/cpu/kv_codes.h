@@ -51,7 +51,7 @@ struct CodeScale {
 
 // Codes are made against the scale and zero that are stored, so that they are the nearest to what will be read. Where `x` is not
 // finite or f16 cannot hold its scale and zero, the scale is NaN: a step that reads it fails, as it does with f16.
-static inline CodeScale code_scale(float least, float most, bool finite, int levels) {
+PENSTOCK_BOTH static inline CodeScale code_scale(float least, float most, bool finite, int levels) {
   constexpr float kMost = std::numeric_limits<float>::max();
   const uint16_t zero = half_of_float(least + 0.0f);  // of the two zeros the positive one
   const float offset = float_of_half(zero);

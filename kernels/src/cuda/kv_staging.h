@@ -1,0 +1,45 @@
+// KV blocks on their way out of the device's pool and into it: packed side by side, through two pinned buffers, so that one part is
+// copied over the bus while the part before it goes into the message, or out of it.
+#pragma once
+
+#include "../cpu/crc32c.h"
+#include "../kv_range.h"
+#include "launchers.h"
+
+namespace penstock::cuda {
+
+class KvStaging {
+ public:
+  // Device memory that it will take.
+  static size_t device_bytes(const KvView& kv);
+
+  KvStaging(Device& device, const KvView& kv, Crc32c crc32c);
+
+  // As Engine's. They return when all is done.
+  uint32_t export_layers(const KvRange& range, uint8_t* into, uint32_t seed);
+  uint32_t import_layers(const KvRange& range, const uint8_t* from, uint32_t seed);
+  void copy_block(int from, int to);
+
+ private:
+  struct Slot {
+    uint8_t* packed;  // of the device
+    uint8_t* pinned;
+    Event done;
+  };
+  static size_t pieces_together(const KvView& kv);
+  // Brings the numbers of the blocks to the device.
+  void begin(const KvRange& range);
+  MoveArguments move(const KvRange& range, size_t first, Slot& slot) const;
+
+  Device& device_;
+  const KvView kv_;
+  const Crc32c crc32c_;
+  Stream stream_;
+  DeviceMemory memory_;
+  PinnedMemory pinned_;
+  int32_t* blocks_;         // [blocks] of the device
+  int32_t* pinned_blocks_;  // [blocks]
+  Slot slots_[2];
+};
+
+}  // namespace penstock::cuda

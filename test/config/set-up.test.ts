@@ -51,7 +51,7 @@ describe("the command line", () => {
     expect(main("up", file)).toEqual({
       status: 1,
       stdout: "",
-      stderr: "typo.yaml:2: wrkers: unknown key, did you mean workers?; allowed: penstock, cluster, model, bus, gateway, request, scheduler, workers, kvStore, telemetry\n"
+      stderr: "typo.yaml:2: wrkers: unknown key, did you mean workers?; allowed: penstock, cluster, model, bus, gateway, request, scheduler, workers, mixedKv, kvStore, telemetry\n"
     })
     expect(node([...programArguments(join(root, "gateway", "main.ts")), "up"], { env: { PENSTOCK_ISA: "sse" } })).toMatchObject({ status: 1, stderr: 'PENSTOCK_ISA: expected one of reference, avx2, avx512, found "sse"\n' })
     expect(main("pull", "file:/nowhere/m.gguf")).toMatchObject({ status: 1, stderr: expect.stringMatching(/^\/nowhere\/m\.gguf: no such file[^\n]*\n$/) })

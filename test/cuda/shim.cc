@@ -116,29 +116,32 @@ Add ballots("the shim: ballots and masked shuffles see the lanes of their mask",
   for (unsigned i = 0; i < 8; ++i) expect(values[i] == 10 * (7 - i), "lanes have changed places");
 });
 
-Add copies("the shim: an asynchronous copy arrives when it is waited for, and not before", [] {
-  const std::vector<float> source = {1, 2, 3, 4, 5, 6, 7, 8};
-  std::vector<float> early(32), half(32), late(32);
-  alignas(16) float from[8];
-  for (int i = 0; i < 8; ++i) from[i] = source[i];
-  run(1, 32, 32 * 32, 1, [&] {
+Add copies("the shim: an asynchronous copy has arrived when it was waited for; in some blocks at once, in others not before", [] {
+  constexpr unsigned kBlocks = 40;
+  std::vector<float> first(kBlocks * 32), second(kBlocks * 32), half(kBlocks * 32), late(kBlocks * 32);
+  alignas(16) const float from[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+  run(kBlocks, 32, 32 * 32, 1, [&] {
     PENSTOCK_SHARED(shared);
     float* mine = reinterpret_cast<float*>(shared + threadIdx.x * 32);
+    const unsigned i = blockIdx.x * 32 + threadIdx.x;
     copy_async16(mine, from, true);
     close_copy_group();
     copy_async16(mine + 4, from + 4, threadIdx.x % 2 == 0);
     close_copy_group();
-    early[threadIdx.x] = mine[0];
+    first[i] = mine[0];
     await_copies<1>();
-    half[threadIdx.x] = mine[3];
-    early[threadIdx.x] = std::isnan(mine[4]) ? early[threadIdx.x] : 0.0f;
+    half[i] = mine[3];
+    second[i] = mine[4];
     await_copies<0>();
-    late[threadIdx.x] = mine[7];
+    late[i] = mine[7];
   });
-  for (int i = 0; i < 32; ++i) {
-    expect(std::isnan(early[i]), "nothing has come before it is waited for");
+  unsigned at_once = 0;
+  for (unsigned i = 0; i < kBlocks * 32; ++i) {
+    expect(std::isnan(first[i]) == std::isnan(second[i]), "a block does all of its copies the same way");
+    at_once += !std::isnan(first[i]);
     expect(half[i] == 4.0f && late[i] == (i % 2 == 0 ? 8.0f : 0.0f), "it has come after that, zeros where nothing was there");
   }
+  expect(at_once > 5 * 32 && at_once < 35 * 32, "both happen; at once in " + std::to_string(at_once / 32) + " of 40 blocks");
   expect_error("before its copies to shared memory have been waited for", [&] {
     run(1, 32, 32 * 16, 1, [&] {
       PENSTOCK_SHARED(shared);

@@ -1,5 +1,6 @@
 // Copies from global to shared memory that go on while a thread computes: cp.async. The shim carries them out when they are waited
-// for and not before, so that a wait that is missing shows.
+// for and not before in one half of the blocks, so that a wait that is missing shows, and at once in the other, so that it shows
+// where they begin while others still read what was there.
 #pragma once
 
 #include "language.h"
@@ -16,6 +17,7 @@ __device__ __forceinline__ void copy_async16(void* to, const void* from, bool th
     throw std::runtime_error("cp.async: an address is not aligned to 16 bytes");
   shim::Thread& thread = shim::Block::current().thread();
   thread.copies.push_back({to, there ? from : nullptr, 16, thread.copy_group});
+  if (shim::Block::current().copies_early()) thread.copies.back().carry_out();
 #endif
 }
 
@@ -38,11 +40,7 @@ __device__ __forceinline__ void await_copies() {
   size_t done = 0;
   for (const shim::PendingCopy& copy : thread.copies) {
     if (copy.group + Later >= thread.copy_group) break;
-    if (copy.from == nullptr) {
-      std::memset(copy.to, 0, copy.bytes);
-    } else {
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    }
+    if (!shim::Block::current().copies_early()) copy.carry_out();
     ++done;
   }
   thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(done));

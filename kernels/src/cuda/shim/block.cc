@@ -56,6 +56,7 @@ void Block::run(const Kernel& kernel, Dim3 grid, Dim3 threads, Dim3 index, size_
   current_block = this;
   scheduler_ = Context{};  // another thread's stack than the last time, maybe
   std::mt19937 random(seed);
+  copies_early_ = random() % 2 == 0;
   std::vector<unsigned> order(warps);
   std::iota(order.begin(), order.end(), 0u);
   while (live_ > 0) {

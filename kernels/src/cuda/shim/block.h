@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -46,6 +47,14 @@ struct PendingCopy {
   const void* from;  // null: zeros
   unsigned bytes;
   unsigned group;
+
+  void carry_out() const {
+    if (from == nullptr) {
+      std::memset(to, 0, bytes);
+    } else {
+      std::memcpy(to, from, bytes);
+    }
+  }
 };
 
 struct Thread {
@@ -83,6 +92,8 @@ class Block {
   Dim3 threads() const { return size_; }
   Dim3 index() const { return index_; }
   unsigned char* shared() { return shared_.get(); }
+  // Whether asynchronous copies are carried out when they begin, or when they are waited for: a block does all of them the same way.
+  bool copies_early() const { return copies_early_; }
 
   void barrier();
   void meet(uint32_t mask, void* brought, Combine combine, const char* operation);
@@ -104,6 +115,7 @@ class Block {
   unsigned count_ = 0;
   unsigned live_ = 0;
   unsigned at_barrier_ = 0;
+  bool copies_early_ = false;
   uint64_t barrier_generation_ = 0;
   Thread* thread_ = nullptr;
   Context scheduler_;

@@ -8,9 +8,10 @@ import { deviceFacts, readGguf, type DeviceFacts } from "../../kernels/index.ts"
 import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
 import { Tokenizer } from "../../actors/request/tokenizer.ts"
 import { median, rounded, table } from "./figures.ts"
-import { answering, contextTokens, type KernelsOrder } from "./kernels-order.ts"
+import { answering, contextTokens, longestPrompt, type KernelsOrder } from "./kernels-order.ts"
 import { openPenstock } from "./penstock-runtime.ts"
-import { distinctTokens, work } from "./work.ts"
+import { BenchError } from "./peer.ts"
+import { distinctTokens, numberOf, work } from "./work.ts"
 
 const runsOfEach = 5
 const workloads = [
@@ -35,6 +36,8 @@ export const deviceFigures = (model: ResolvedModel, options: { readonly device: 
       const { device, env } = options
       const facts = deviceFacts(device, env.cudaAddon)
       const gguf = await readGguf(model.path)
+      const context = numberOf(gguf.metadata, "context_length")
+      if (context < longestPrompt) throw new BenchError(`bench kernels: expected a model with a context of ${longestPrompt} tokens at least, found ${context}`)
       const { vocabulary } = new Tokenizer(gguf.metadata)
       const { layerBytes, headBytes, kvBytes } = work(gguf)
       const answer = answering(() => Promise.resolve(), openPenstock({ device, cudaAddon: env.cudaAddon }))

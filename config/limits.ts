@@ -214,7 +214,7 @@ export const limits = {
   kvProgressIntervalMs: 100,
   /** A transfer on which nothing comes for this long has failed. */
   kvSilenceMs: 10_000,
-  /** KV events of one message; a scheduler that misses some asks for a dump. */
+  /** KV events that a worker keeps; a scheduler that misses more is told of everything that is there. */
   kvEventRing: 4_096,
   /** Share of the machine's free memory that `kv.blocks: auto` takes at most, and its bound. */
   autoPoolMemoryShare: 0.25,

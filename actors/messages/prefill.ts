@@ -3,7 +3,7 @@
  */
 import { Schema } from "effect"
 import { defineAsk, defineStream, pack, readFrame, unpack } from "../runtime/codec.ts"
-import { Holder } from "./scheduler.ts"
+import { Holder, KvDelta } from "./scheduler.ts"
 import { decodeToken, encodeToken, SequenceMessage, Transfer, type TokenEvent } from "./decode.ts"
 
 export const PrefillMessage = Schema.Struct({
@@ -94,5 +94,10 @@ const readPrefillFrame = (bytes: Uint8Array): PrefillFrame => {
   }
 }
 
-/** Everything that the worker's prefix index holds, for a scheduler that missed events. */
-export const KvDump = defineAsk("kv-dump", Schema.Struct({}), Schema.Struct({ nextEventId: Schema.Int, hashes: Schema.Uint8Array }))
+const eventId = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
+
+/**
+ * What a scheduler that knows the worker's prefix index as it was before event `from` has missed: what those events come to, or, where
+ * they are no longer kept or `from` is left out, everything that is there now, behind a `cleared`.
+ */
+export const KvMissed = defineAsk("kv-missed", Schema.Struct({ from: Schema.optional(eventId) }), Schema.Struct({ nextId: eventId, delta: KvDelta }))

@@ -87,14 +87,16 @@ export const Heartbeat = defineTell("heartbeat", HeartbeatMessage)
 /** A worker says that it leaves; no new placements there. */
 export const Leave = defineTell("leave", Schema.Struct({ worker: Schema.String, epoch: count }))
 
-/** What a worker's prefix index gained and lost, in order; `firstId` numbers the first of them. */
-export const KvEventsMessage = Schema.Struct({
-  worker: Schema.String,
-  epoch: count,
-  firstId: count,
+/** What becomes of what is known of a worker's prefix index: first all of it may be cleared, then hashes are stored, then removed. */
+export const KvDelta = Schema.Struct({
+  cleared: Schema.optional(Schema.Literal(true)),
   stored: Schema.Uint8Array, // [n, 16] hashes
-  removed: Schema.Uint8Array, // [n, 16] hashes; applied after `stored` of the same message
+  removed: Schema.Uint8Array, // [n, 16] hashes
 })
+export type KvDelta = typeof KvDelta.Type
+
+/** What a worker's prefix index gained and lost; events have ids in their order, these are `firstId` … `nextId` - 1. */
+export const KvEventsMessage = Schema.Struct({ worker: Schema.String, epoch: count, firstId: count, nextId: count, delta: KvDelta })
 export type KvEventsMessage = typeof KvEventsMessage.Type
 export const KvEvents = defineTell("kv-events", KvEventsMessage)
 

@@ -5,7 +5,7 @@
  */
 import { Finish, Reserve } from "./decode.ts"
 import { Get, Have, Pin, Put } from "./kv-store.ts"
-import { KvDump, Prefill } from "./prefill.ts"
+import { KvMissed, Prefill } from "./prefill.ts"
 import { Detokenize, EndConversation, Generate, Tokenize } from "./request.ts"
 import { Configure as ConfigureScheduler, Heartbeat, KvEvents, Leave, Place, Prefilled, Release } from "./scheduler.ts"
 import { Configure, Drain } from "./worker.ts"
@@ -71,7 +71,7 @@ const conversations: ReadonlyArray<Conversation> = [
   { from: "request", to: "decode", verbs: verbs(Reserve, Finish) },
   { from: "request", to: "prefill", verbs: verbs(Prefill) },
   { from: "request", to: "kv-store", verbs: verbs(Pin) },
-  { from: "scheduler", to: "prefill", verbs: verbs(KvDump) },
+  { from: "scheduler", to: "prefill", verbs: verbs(KvMissed) },
   { from: "worker", to: "scheduler", verbs: verbs(Heartbeat, Leave, KvEvents) },
   { from: "worker", to: "prefill", verbs: verbs(Get) },
   { from: "worker", to: "kv-store", verbs: verbs(Have, Get, Put) },

@@ -1,65 +1,75 @@
 /**
- * What a worker's prefix index gains and loses, gathered into messages for the scheduler, with ids that show a gap.
+ * What a worker's prefix index gains and loses, gathered into messages for the scheduler, with ids that show a gap. The newest
+ * events are kept in a ring, from which a gap is repaired; a longer one takes a dump of the index.
  */
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
 import type { Link } from "../runtime/link.ts"
 import { packHashes, type BlockHash } from "../messages/hashes.ts"
-import { KvEvents } from "../messages/scheduler.ts"
+import { KvEvents, type KvDelta } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 
-interface Entry {
-  readonly firstId: number
-  readonly stored: Array<BlockHash>
-  readonly removed: Array<BlockHash>
+interface Event {
+  readonly stored: boolean
+  readonly hash: BlockHash
+}
+
+/** The last event of each hash decides: of a hash that was removed and stored again it is known that it is there. */
+const deltaOf = (events: Iterable<Event>): KvDelta => {
+  const last = new Map<BlockHash, boolean>()
+  for (const { stored, hash } of events) last.set(hash, stored)
+  const hashes = (wanted: boolean): Uint8Array => packHashes([...last].filter(([, stored]) => stored === wanted).map(([hash]) => hash))
+  return { stored: hashes(true), removed: hashes(false) }
 }
 
 export class KvEventLog {
-  nextEventId = 0
-  #pending: Array<Entry> = []
+  /** Id of the next event. */
+  nextId = 0
+  /** Event `id` lies at `id % limits.kvEventRing`. */
+  readonly #ring: Array<Event> = []
+  #publishedId = 0
   #wake: (() => void) | undefined
 
   stored(hash: BlockHash): void {
-    let entry = this.#pending.at(-1)
-    // Within a message removals follow additions, so an addition after a removal begins a new one.
-    if (entry === undefined || entry.removed.length > 0 || entry.stored.length >= limits.kvEventRing) entry = this.#begin()
-    entry.stored.push(hash)
-    this.#count()
+    this.#keep({ stored: true, hash })
   }
 
   removed(hash: BlockHash): void {
-    const entry = this.#pending.at(-1) ?? this.#begin()
-    entry.removed.push(hash)
-    this.#count()
+    this.#keep({ stored: false, hash })
   }
 
-  /** Publishes until the Scope closes. */
+  /** What the events from `from` on come to; undefined where they are not kept any more, or never were. */
+  since(from: number): KvDelta | undefined {
+    if (from > this.nextId || this.nextId - from > limits.kvEventRing) return undefined
+    return deltaOf(this.#between(from, this.nextId))
+  }
+
+  /** Publishes until the Scope closes. What came faster than it was published, and left the ring meanwhile, is a gap. */
   run(options: { readonly link: Link; readonly namespace: string; readonly worker: string; readonly epoch: number }): Effect.Effect<void, never, Scope.Scope> {
     const { link, namespace, worker, epoch } = options
     const publish = Effect.gen({ self: this }, function* () {
-      yield* this.#nonEmpty()
-      for (const { firstId, stored, removed } of this.#pending.splice(0)) {
-        yield* link.tell(KvEvents, subject(namespace, "scheduler", anyId, KvEvents.verb), { worker, epoch, firstId, stored: packHashes(stored), removed: packHashes(removed) })
-      }
+      yield* this.#unpublished()
+      const firstId = Math.max(this.#publishedId, this.nextId - limits.kvEventRing)
+      const nextId = this.nextId
+      this.#publishedId = nextId
+      yield* link.tell(KvEvents, subject(namespace, "scheduler", anyId, KvEvents.verb), { worker, epoch, firstId, nextId, delta: deltaOf(this.#between(firstId, nextId)) })
     })
     return Effect.asVoid(Effect.forkScoped(Effect.forever(Effect.ignore(publish))))
   }
 
-  #begin(): Entry {
-    const entry: Entry = { firstId: this.nextEventId, stored: [], removed: [] }
-    this.#pending.push(entry)
-    return entry
+  *#between(from: number, to: number): Iterable<Event> {
+    for (let id = from; id < to; id++) yield this.#ring[id % limits.kvEventRing]!
   }
 
-  #count(): void {
-    this.nextEventId++
+  #keep(event: Event): void {
+    this.#ring[this.nextId++ % limits.kvEventRing] = event
     this.#wake?.()
     this.#wake = undefined
   }
 
-  #nonEmpty(): Effect.Effect<void> {
+  #unpublished(): Effect.Effect<void> {
     return Effect.callback<void>((resume) => {
-      if (this.#pending.length > 0) return resume(Effect.void)
+      if (this.nextId > this.#publishedId) return resume(Effect.void)
       this.#wake = () => resume(Effect.void)
     })
   }

@@ -95,7 +95,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
       totals: { completed: 0, failed: 0, fallbacks: 0, bytes: 0, ms: 0 },
     }
     // A worker that only decodes still computes a prompt whose prefill has failed, and every one sends what others ask of its pool.
-    yield* prefillActor({ link: link("prefill"), buses, namespace, worker: made, nextEventId: () => events.nextEventId })
+    yield* prefillActor({ link: link("prefill"), buses, namespace, worker: made, events })
     yield* decodeActor({ link: link("decode"), buses, namespace, worker: made })
     yield* storeWriter.run({ link: link("store-writer"), buses, namespace, worker: made })
     yield* events.run({ link: link("worker"), namespace, worker: id, epoch })
@@ -108,7 +108,7 @@ export const worker = (options: WorkerOptions, epoch: number, serving: (running:
     const state = (): HeartbeatMessage => {
       const { sequences, waiting } = engine.load
       const load = { sequences, waiting, maxBatch: engine.maxBatch, blocks: engine.blocks.limit, freeBlocks: engine.blocks.available, blockTokens: engine.blockTokens }
-      return { worker: id, epoch, roles: [...made.roles], load, prefillTokPerS: prefillTokPerS(), requests: engine.requestIds, nextEventId: events.nextEventId }
+      return { worker: id, epoch, roles: [...made.roles], load, prefillTokPerS: prefillTokPerS(), requests: engine.requestIds, nextEventId: events.nextId }
     }
     const beat = Effect.ignore(Effect.suspend(() => link("worker").tell(Heartbeat, scheduler(Heartbeat.verb), state())))
     yield* Effect.addFinalizer(() => Effect.ignore(link("worker").tell(Leave, scheduler(Leave.verb), { worker: id, epoch })))

@@ -16,7 +16,8 @@ import { currentTraceparent, messageAttributes } from "../runtime/trace-context.
 import { encodeToken, type Transfer } from "../messages/decode.ts"
 import { packHashes } from "../messages/hashes.ts"
 import { Get } from "../messages/kv-store.ts"
-import { encodePrefillFrame, KvDump, Prefill, type PrefillMessage } from "../messages/prefill.ts"
+import { encodePrefillFrame, KvMissed, Prefill, type PrefillMessage } from "../messages/prefill.ts"
+import type { KvDelta } from "../messages/scheduler.ts"
 import { subject } from "../messages/subjects.ts"
 import { unpackTokens } from "../messages/tokens.ts"
 import { generationOf } from "../engine/generation.ts"
@@ -32,8 +33,8 @@ export interface PrefillActorOptions {
   readonly buses: Buses
   readonly namespace: string
   readonly worker: Worker
-  /** Id of the next KV event of the worker. */
-  readonly nextEventId: () => number
+  /** What its prefix index gained and lost lately. */
+  readonly events: { readonly nextId: number; readonly since: (from: number) => KvDelta | undefined }
 }
 
 interface Counts {
@@ -43,7 +44,7 @@ interface Counts {
 
 /** Runs the prefill role of `worker` until the Scope closes. */
 export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, never, Scope.Scope> => {
-  const { link, buses, namespace, worker } = options
+  const { link, buses, namespace, worker, events } = options
   const { engine, totals } = worker
 
   const place = subject(namespace, "prefill", worker.id, Prefill.verb)
@@ -210,8 +211,10 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
 
   const fault = (code: "unavailable" | "stale" | "invalid_request" | "cancelled", message: string) => new Fault({ code, message: `${link.sender}: ${message}`, hop: link.sender })
 
-  const dump = () => Effect.sync(() => ({ nextEventId: options.nextEventId(), hashes: packHashes(engine.blocks.knownHashes()) }))
+  const everything = (): KvDelta => ({ cleared: true, stored: packHashes(engine.blocks.knownHashes()), removed: packHashes([]) })
+  const missed = ({ from }: { readonly from?: number | undefined }) =>
+    Effect.sync(() => ({ nextId: events.nextId, delta: (from === undefined ? undefined : events.since(from)) ?? everything() }))
 
   const here = (verb: string) => [{ subject: subject(namespace, "prefill", worker.id, verb) }]
-  return Effect.flatMap(servePrefix({ link, buses, namespace, worker }), (get) => actor(link, [onStream(Prefill, here(Prefill.verb), prefill), onAsk(Get, here(Get.verb), get), onAsk(KvDump, here(KvDump.verb), dump)]))
+  return Effect.flatMap(servePrefix({ link, buses, namespace, worker }), (get) => actor(link, [onStream(Prefill, here(Prefill.verb), prefill), onAsk(Get, here(Get.verb), get), onAsk(KvMissed, here(KvMissed.verb), missed)]))
 }

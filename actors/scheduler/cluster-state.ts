@@ -16,7 +16,7 @@ export interface WorkerView {
   heardAtMs: number
   /** Chained hashes of the blocks in its pool. */
   readonly prefixes: Set<string>
-  /** Id of the next event that continues `prefixes`; -1: unknown, a dump is needed. */
+  /** Id of the next event that continues `prefixes`; -1: they are unknown. */
   nextEventId: number
   requests: ReadonlySet<string>
 }
@@ -43,7 +43,7 @@ export class ClusterState {
     this.#leaseMs = options.leaseMs
   }
 
-  /** Returns whether the worker's prefixes are unknown, so that a dump is needed. */
+  /** Returns whether the worker's prefixes, or some events of them, are unknown, so that they are to be asked for. */
   heartbeat(message: HeartbeatMessage, nowMs: number): boolean {
     let view = this.workers.get(message.worker)
     if (view !== undefined && message.epoch < view.epoch) return false // an earlier incarnation's last words
@@ -74,26 +74,20 @@ export class ClusterState {
     if (this.workers.get(worker)?.epoch === epoch) this.#forget(worker)
   }
 
-  /** Returns whether events were missed, so that a dump is needed. */
-  kvEvents(message: KvEventsMessage): boolean {
-    const view = this.workers.get(message.worker)
-    if (view === undefined || view.epoch !== message.epoch) return false
-    if (view.nextEventId !== message.firstId) return view.nextEventId < message.firstId
-    const stored = unpackHashes(message.stored)
-    const removed = unpackHashes(message.removed)
-    for (const hash of stored) view.prefixes.add(hash)
-    for (const hash of removed) view.prefixes.delete(hash)
-    view.nextEventId += stored.length + removed.length
-    return false
-  }
-
-  /** `epoch`: of the worker when it was asked; what an earlier incarnation held is gone. */
-  kvDump(worker: string, epoch: number, nextEventId: number, hashes: Uint8Array): void {
+  /**
+   * Events of a worker of this epoch, pushed or asked for; an earlier incarnation's are void, and so are those that are known.
+   * Returns whether some before them were missed, which are to be asked for.
+   */
+  kvEvents({ worker, epoch, firstId, nextId, delta }: KvEventsMessage): boolean {
     const view = this.workers.get(worker)
-    if (view === undefined || view.epoch !== epoch) return
-    view.prefixes.clear()
-    for (const hash of unpackHashes(hashes)) view.prefixes.add(hash)
-    view.nextEventId = nextEventId
+    if (view === undefined || view.epoch !== epoch || nextId <= view.nextEventId) return false
+    if (delta.cleared === true) view.prefixes.clear()
+    // What is known already may be told again: the last word on a hash is the same.
+    else if (view.nextEventId < firstId) return true
+    for (const hash of unpackHashes(delta.stored)) view.prefixes.add(hash)
+    for (const hash of unpackHashes(delta.removed)) view.prefixes.delete(hash)
+    view.nextEventId = nextId
+    return false
   }
 
   /** Forgets workers that have been silent too long, and charges that no worker knows of after their lease. */

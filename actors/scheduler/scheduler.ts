@@ -9,7 +9,7 @@ import { actor, onAsk, onTell } from "../runtime/actor.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
 import { messageAttributes } from "../runtime/trace-context.ts"
-import { KvDump } from "../messages/prefill.ts"
+import { KvMissed } from "../messages/prefill.ts"
 import { Configure, Heartbeat, KvEvents, Leave, Place, Prefilled, Release, type PlaceMessage, type Placement } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 import type { Members } from "../presence/members.ts"
@@ -36,7 +36,7 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
   Effect.gen(function* () {
     const { link, namespace } = options
     const state = new ClusterState({ silenceMs: limits.heartbeatSilenceMs, leaseMs: limits.placementLeaseMs })
-    const dumping = new Set<string>()
+    const asking = new Set<string>()
     let { policy, queue } = options
     let waiting: ReadonlyArray<Waiting> = []
 
@@ -134,14 +134,15 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
         return { applied }
       })
 
-    const dump = (worker: string, epoch: number) =>
+    const askMissed = (worker: string, epoch: number) =>
       Effect.suspend(() => {
-        if (dumping.has(worker)) return Effect.void
-        dumping.add(worker)
-        return link.ask(KvDump, subject(namespace, "prefill", worker, KvDump.verb), {}, { hop: `prefill ${worker}` }).pipe(
-          Effect.map(({ nextEventId, hashes }) => state.kvDump(worker, epoch, nextEventId, hashes)),
+        if (asking.has(worker)) return Effect.void
+        asking.add(worker)
+        const known = state.workers.get(worker)?.nextEventId ?? -1
+        return link.ask(KvMissed, subject(namespace, "prefill", worker, KvMissed.verb), known < 0 ? {} : { from: known }, { hop: `prefill ${worker}` }).pipe(
+          Effect.map(({ nextId, delta }) => state.kvEvents({ worker, epoch, firstId: Math.max(0, known), nextId, delta })),
           Effect.ignore,
-          Effect.ensuring(Effect.sync(() => dumping.delete(worker))),
+          Effect.ensuring(Effect.sync(() => asking.delete(worker))),
         )
       })
 
@@ -165,11 +166,11 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
       onTell(Heartbeat, here(Heartbeat.verb), (message) =>
         Effect.gen(function* () {
           const stale = state.heartbeat(message, yield* Clock.currentTimeMillis)
-          if (stale) yield* Effect.forkIn(dump(message.worker, message.epoch), scope)
+          if (stale) yield* Effect.forkIn(askMissed(message.worker, message.epoch), scope)
           yield* drain
         }),
       ),
-      onTell(KvEvents, here(KvEvents.verb), (message) => Effect.suspend(() => (state.kvEvents(message) ? Effect.asVoid(Effect.forkIn(dump(message.worker, message.epoch), scope)) : Effect.void))),
+      onTell(KvEvents, here(KvEvents.verb), (message) => Effect.suspend(() => (state.kvEvents(message) ? Effect.asVoid(Effect.forkIn(askMissed(message.worker, message.epoch), scope)) : Effect.void))),
     ])
     const stepDown = Effect.gen(function* () {
       leave("everything")

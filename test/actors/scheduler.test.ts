@@ -5,7 +5,7 @@ import { afterEach, beforeEach, describe, expect, it, vi } from "vitest"
 import { limits } from "../../config/limits.ts"
 import { chainHashes } from "../../actors/engine/block-hash.ts"
 import { packHashes } from "../../actors/messages/hashes.ts"
-import { KvDump } from "../../actors/messages/prefill.ts"
+import { KvMissed } from "../../actors/messages/prefill.ts"
 import { Configure, Heartbeat, KvEvents, Leave, Place, Prefilled, Release, type HeartbeatMessage, type KvEventsMessage, type PlaceMessage } from "../../actors/messages/scheduler.ts"
 import { anyId, subject } from "../../actors/messages/subjects.ts"
 import { actor, onAsk } from "../../actors/runtime/actor.ts"
@@ -46,14 +46,14 @@ const request = (id: string, tokens: ReadonlyArray<number> = upTo(40), more: Par
   ...more,
 })
 
-const events = (worker: string, tokens: ReadonlyArray<number>, more: Partial<KvEventsMessage> = {}): KvEventsMessage => ({
-  worker,
-  epoch: 1,
-  firstId: 0,
-  stored: packHashes(hashesOf(tokens)),
-  removed: new Uint8Array(0),
-  ...more,
-})
+/** Events from `firstId` on: the full blocks of these tokens are stored, then these hashes removed. */
+const events = (worker: string, tokens: ReadonlyArray<number>, firstId = 0, removed: ReadonlyArray<string> = []): KvEventsMessage => {
+  const stored = hashesOf(tokens)
+  return { worker, epoch: 1, firstId, nextId: firstId + stored.length + removed.length, delta: { stored: packHashes(stored), removed: packHashes(removed) } }
+}
+
+/** All that a worker holds before event `nextId`, as it tells a scheduler that knows nothing. */
+const everything = (worker: string, tokens: ReadonlyArray<number>, nextId: number): KvEventsMessage => ({ worker, epoch: 1, firstId: 0, nextId, delta: { cleared: true, stored: packHashes(hashesOf(tokens)), removed: new Uint8Array(0) } })
 
 describe("a policy", () => {
   const cluster = (names: ReadonlyArray<string>): ClusterState => {
@@ -93,7 +93,7 @@ describe("a policy", () => {
       const message = request(`r${i}`, [...upTo(64), ...upTo(10).map((token) => 1000 * (i + 1) + token)])
       const worker = place("cache-aware", state, message)
       state.prefilled(message)
-      if (worker === "b") state.kvEvents(events("b", upTo(64), { firstId: state.workers.get("b")!.nextEventId, stored: packHashes(state.workers.get("b")!.nextEventId === 0 ? hashesOf(upTo(64)) : []) }))
+      if (worker === "b") state.kvEvents(events("b", upTo(64)))
       return worker
     })
     expect(places.slice(0, 3)).toEqual(["a", "a", "a"])
@@ -172,23 +172,33 @@ describe("the cluster's state", () => {
     expect([state.workers.get("w")!.prefixes.size, state.charges.size]).toEqual([0, 0])
     expect(state.heartbeat(heartbeat("w", { epoch: 1, maxBatch: 99 }), 2)).toBe(false)
     expect(state.kvEvents(events("w", upTo(32)))).toBe(false)
-    state.kvDump("w", 1, 7, packHashes(hashesOf(upTo(32))))
+    expect(state.kvEvents(everything("w", upTo(32), 7))).toBe(false)
     state.leave("w", 1)
     expect(state.workers.get("w")).toMatchObject({ epoch: 2, load: { maxBatch: 4 }, nextEventId: 0 })
     expect(state.workers.get("w")!.prefixes.size).toBe(0)
   })
 
-  it("knows a gap in the events, by the next event or the next heartbeat, and goes on from a dump", () => {
+  it("knows a gap in the events, by the next event or the next heartbeat, and goes on from all that is there or from what it missed", () => {
     const state = fresh()
+    const known = () => state.workers.get("w")!.prefixes.size
     expect(state.heartbeat(heartbeat("w", { nextEventId: 9 }), 0)).toBe(true) // it came late
-    state.kvDump("w", 1, 9, packHashes(hashesOf(upTo(32))))
+    expect(state.kvEvents(everything("w", upTo(32), 9))).toBe(false)
     expect(state.heartbeat(heartbeat("w", { nextEventId: 9 }), 0)).toBe(false)
-    expect(state.kvEvents(events("w", upTo(16), { firstId: 9, stored: new Uint8Array(0), removed: packHashes(hashesOf(upTo(16))) }))).toBe(false)
-    expect(state.workers.get("w")!.prefixes.size).toBe(1)
-    expect(state.kvEvents(events("w", upTo(16), { firstId: 8 }))).toBe(false) // an old one
-    expect(state.kvEvents(events("w", upTo(16), { firstId: 11 }))).toBe(true)
+    expect(state.kvEvents(events("w", [], 9, hashesOf(upTo(16))))).toBe(false)
+    expect(known()).toBe(1)
+    expect(state.kvEvents(events("w", upTo(16), 8))).toBe(false) // an old one
+    expect(known()).toBe(1)
+    expect(state.kvEvents(events("w", upTo(16), 11))).toBe(true)
     expect(state.heartbeat(heartbeat("w", { nextEventId: 12 }), 0)).toBe(true)
     expect(state.workers.get("w")!.nextEventId).toBe(10)
+    expect(state.kvEvents(events("w", upTo(32), 10))).toBe(false)
+    expect(known()).toBe(2)
+    // What was asked for and what was pushed meanwhile overlap.
+    expect(state.kvEvents({ ...events("w", upTo(48), 10), nextId: 15 })).toBe(false)
+    expect(known()).toBe(3)
+    expect(state.heartbeat(heartbeat("w", { nextEventId: 15 }), 0)).toBe(false)
+    expect(state.kvEvents(everything("w", upTo(16), 20))).toBe(false) // whatever was known, it is cleared
+    expect(known()).toBe(1)
   })
 
   it("takes other roles and bounds of the same incarnation, with its prefixes and charges", () => {
@@ -566,20 +576,24 @@ describe("the scheduler", () => {
       }),
     ))
 
-  it("asks a worker for all its prefixes when it missed some, once at a time", () =>
+  it("asks a worker for what it missed, once at a time, from the event on that it knows", () =>
     beside(
       Effect.scoped(
         Effect.gen(function* () {
-          let asked = 0
+          const asked: Array<number | undefined> = []
           const gate = yield* Deferred.make<void>()
-          const dump = () => Effect.andThen(Effect.sync(() => void asked++), Effect.as(Deferred.await(gate), { nextEventId: 30, hashes: packHashes(hashesOf(upTo(32))) }))
-          yield* actor(new Link(bus, "prefill w", 1), [onAsk(KvDump, [{ subject: subject("test", "prefill", "w", KvDump.verb) }], dump, { concurrent: true })])
+          const missed = ({ from }: { readonly from?: number | undefined }) =>
+            Effect.andThen(
+              Effect.sync(() => void asked.push(from)),
+              Effect.as(Deferred.await(gate), from === undefined ? everything("w", upTo(32), 30) : { ...events("w", upTo(48), from), nextId: 40 }),
+            )
+          yield* actor(new Link(bus, "prefill w", 1), [onAsk(KvMissed, [{ subject: subject("test", "prefill", "w", KvMissed.verb) }], missed, { concurrent: true })])
           yield* beat(heartbeat("w", { nextEventId: 20 }))
           yield* beat(heartbeat("w", { nextEventId: 25 }))
-          yield* link.tell(KvEvents, to(KvEvents.verb), events("w", upTo(64), { firstId: 25 }))
+          yield* link.tell(KvEvents, to(KvEvents.verb), events("w", upTo(64), 25))
           yield* place(request("behind them in the mailbox"))
-          yield* Effect.promise(() => until(() => asked > 0))
-          expect(asked).toBe(1)
+          yield* Effect.promise(() => until(() => asked.length > 0))
+          expect(asked).toEqual([undefined])
           yield* Deferred.succeed(gate, undefined)
           let prefixBlocks = 0
           for (let i = 0; prefixBlocks === 0; i++) {
@@ -587,9 +601,16 @@ describe("the scheduler", () => {
             yield* release(`r${i}`)
           }
           expect(prefixBlocks).toBe(2)
-          yield* link.tell(KvEvents, to(KvEvents.verb), events("w", [], { firstId: 30, removed: packHashes(hashesOf(upTo(32)).slice(1)) }))
+          yield* link.tell(KvEvents, to(KvEvents.verb), events("w", [], 30, hashesOf(upTo(32)).slice(1)))
           expect(yield* place(request("s", upTo(40)))).toMatchObject({ prefixBlocks: 1 })
-          expect(asked).toBe(1)
+          yield* release("s")
+          expect(asked).toEqual([undefined])
+          yield* link.tell(KvEvents, to(KvEvents.verb), events("w", [], 35, hashesOf(upTo(16))))
+          for (let i = 0; prefixBlocks !== 3; i++) {
+            ;({ prefixBlocks } = yield* place(request(`t${i}`, upTo(50))))
+            yield* release(`t${i}`)
+          }
+          expect(asked).toEqual([undefined, 31])
         }),
       ),
       { policy: "cache-aware" },

@@ -2,24 +2,29 @@
  * `bench kernels --device cuda:N`: whole forwards on a GPU, and what share of its memory's bandwidth they read at, to be compared with
  * the roofline in kernels/README.md. Figures are medians of short runs.
  */
+import { availableParallelism } from "node:os"
 import { Effect, type Scope } from "effect"
 import type { Env } from "../../config/env.ts"
 import { deviceFacts, readGguf, type DeviceFacts } from "../../kernels/index.ts"
 import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
 import { Tokenizer } from "../../actors/request/tokenizer.ts"
 import { median, rounded, table } from "./figures.ts"
-import { answering, contextTokens, longestPrompt, type KernelsOrder } from "./kernels-order.ts"
+import { answering, longestPrompt, type KernelsOrder } from "./kernels-order.ts"
 import { openPenstock } from "./penstock-runtime.ts"
 import { BenchError } from "./peer.ts"
 import { distinctTokens, numberOf, work } from "./work.ts"
 
 const runsOfEach = 5
+/** As in the roofline. */
+const contextTokens = 1_024
+const mostSequences = 64
 const workloads = [
   { name: "prefill512TokPerS", says: "prefill, 512 tokens", prompt: 512 },
   { name: "prefill2048TokPerS", says: "prefill, 2,048 tokens", prompt: 2_048 },
   { name: "decode1TokPerS", says: "decode, batch 1", sequences: 1, steps: 32 },
   { name: "decode8TokPerS", says: "decode, batch 8", sequences: 8, steps: 32 },
   { name: "decode16TokPerS", says: "decode, batch 16", sequences: 16, steps: 32 },
+  { name: "decode64TokPerS", says: "decode, batch 64", sequences: mostSequences, steps: 32 },
 ] as const
 
 export interface DeviceFigures {
@@ -40,9 +45,9 @@ export const deviceFigures = (model: ResolvedModel, options: { readonly device: 
       if (context < longestPrompt) throw new BenchError(`bench kernels: expected a model with a context of ${longestPrompt} tokens at least, found ${context}`)
       const { vocabulary } = new Tokenizer(gguf.metadata)
       const { layerBytes, headBytes, kvBytes } = work(gguf)
-      const answer = answering(() => Promise.resolve(), openPenstock({ device, cudaAddon: env.cudaAddon }))
+      const answer = answering(() => Promise.resolve(), openPenstock({ device, cudaAddon: env.cudaAddon }, { mostSequences, contextTokens }))
       const ask = (order: KernelsOrder) => answer(order) as Promise<number>
-      await ask({ type: "open", open: { path: model.path, threads: env.threads ?? 1, isa: env.isa, from: undefined, scored: 0 }, prompt: distinctTokens(16, vocabulary, 1) })
+      await ask({ type: "open", open: { path: model.path, threads: env.threads ?? availableParallelism(), isa: env.isa, from: undefined, scored: 0 }, prompt: distinctTokens(16, vocabulary, 1) })
       const rows: Array<DeviceFigures["rows"][number]> = []
       for (const workload of workloads) {
         const tookMs: Array<number> = []

@@ -4,7 +4,14 @@ import { answering, chunkTokens, contextTokens, longestPrompt, mostSequences, mo
 
 const blockTokens = 16
 const blocksFor = (tokens: number): number => Math.ceil(tokens / blockTokens)
-const sequenceBlocks = blocksFor(contextTokens + 1 + mostSteps)
+
+/** Most sequences that decode, and the context of each. */
+export interface DecodeShape {
+  readonly mostSequences: number
+  readonly contextTokens: number
+}
+const usualShape: DecodeShape = { mostSequences, contextTokens }
+const sequenceBlocksOf = (shape: DecodeShape): number => blocksFor(shape.contextTokens + 1 + mostSteps)
 
 const greedy: SamplerOptions = {
   temperature: 0, topK: 0, topP: 1, minP: 0, repetitionPenalty: 1, presencePenalty: 0, frequencyPenalty: 0,
@@ -13,13 +20,15 @@ const greedy: SamplerOptions = {
 
 class PenstockRuntime implements Runtime {
   readonly #engine: Engine
+  readonly #shape: DecodeShape
   /** Blocks of the decoding sequences; what is prefilled or scored lies behind them. */
   readonly #long: Int32Array
   #context: ReadonlyArray<number> | undefined
 
-  constructor(engine: Engine) {
+  constructor(engine: Engine, shape: DecodeShape) {
     this.#engine = engine
-    const first = mostSequences * sequenceBlocks
+    this.#shape = shape
+    const first = shape.mostSequences * sequenceBlocksOf(shape)
     this.#long = Int32Array.from({ length: engine.info.blocks - first }, (_, i) => first + i)
   }
 
@@ -46,9 +55,10 @@ class PenstockRuntime implements Runtime {
   }
 
   async decode(context: ReadonlyArray<number>, sequences: number, steps: number): Promise<number> {
+    const sequenceBlocks = sequenceBlocksOf(this.#shape)
     if (this.#context?.join() !== context.join()) {
       await this.#prompt(context, Int32Array.from({ length: sequenceBlocks }, (_, i) => i))
-      for (let to = sequenceBlocks; to < mostSequences * sequenceBlocks; to++) this.#engine.copyBlock(to % sequenceBlocks, to)
+      for (let to = sequenceBlocks; to < this.#shape.mostSequences * sequenceBlocks; to++) this.#engine.copyBlock(to % sequenceBlocks, to)
       this.#context = context
     }
     const all = [...Array(sequences).keys()]
@@ -59,7 +69,7 @@ class PenstockRuntime implements Runtime {
     let tokens: Int32Array = Int32Array.from(all, (sequence) => context[sequence]!)
     const startedAtMs = performance.now()
     for (let step = 0; step < steps; step++) {
-      const segments = Int32Array.from(all.flatMap((sequence) => [1, contextTokens + step, sequence * sequenceBlocks, sequenceBlocks]))
+      const segments = Int32Array.from(all.flatMap((sequence) => [1, context.length + step, sequence * sequenceBlocks, sequenceBlocks]))
       tokens = (await this.#engine.step({ tokens, segments, blockTables, outputs })).tokens
     }
     const tookMs = performance.now() - startedAtMs
@@ -88,9 +98,9 @@ class PenstockRuntime implements Runtime {
 }
 
 /** On the CPU, or on the device that is said. */
-export const openPenstock = (on: Pick<EngineOptions, "device" | "cudaAddon"> = {}) => async ({ path, threads, isa, scored }: OpenOptions, _: void, prompt: ReadonlyArray<number>): Promise<Runtime> => {
-  const blocks = mostSequences * sequenceBlocks + blocksFor(Math.max(longestPrompt, scored))
-  const runtime = new PenstockRuntime(await Engine.load({ path, blocks, blockTokens, threads, ...(isa === undefined ? {} : { isa }), maxRows: chunkTokens, maxOutputs: chunkTokens, ...on }))
+export const openPenstock = (on: Pick<EngineOptions, "device" | "cudaAddon"> = {}, shape = usualShape) => async ({ path, threads, isa, scored }: OpenOptions, _: void, prompt: ReadonlyArray<number>): Promise<Runtime> => {
+  const blocks = shape.mostSequences * sequenceBlocksOf(shape) + blocksFor(Math.max(longestPrompt, scored))
+  const runtime = new PenstockRuntime(await Engine.load({ path, blocks, blockTokens, threads, ...(isa === undefined ? {} : { isa }), maxRows: chunkTokens, maxOutputs: chunkTokens, ...on }), shape)
   await runtime.prefill(prompt)
   return runtime
 }

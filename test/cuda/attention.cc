@@ -230,8 +230,7 @@ struct AddShapes {
       for (const int bits : {16, 8, 4}) {
         const Shape shape = {head_dim, 6, 2, bits, head_dim == 96 ? 8 : 16};
         Add("attention, " + text(shape) + ": one token, partial blocks and several units", [shape] { check_decode(shape, {1, 5, 130, 300}); });
-        if (bits == 16 || head_dim == 64 || head_dim == 256)
-          Add("attention, " + text(shape) + ": a chunk behind a prefix, and the same bits row by row", [shape] { check_prefill(shape, 117, 26); });
+        Add("attention, " + text(shape) + ": a chunk behind a prefix, and the same bits row by row", [shape] { check_prefill(shape, 117, 26); });
       }
     }
     Add("attention: a long context", [] { check_decode({64, 3, 1, 16, 16}, {2100}); });

@@ -100,7 +100,7 @@ Add embedding("embedding: rows of weights as tensor cores see them, and the angl
     std::vector<uint16_t> identity(inputs * 192);
     for (int i = 0; i < inputs; ++i) identity[i * 192 + i] = half_of_float(1.0f);
     const Product product = {m, bench.room<float>(inputs * outputs), size_t(outputs)};
-    linear(bench.queue(), &product, 1, bench.upload(identity), 192, inputs);
+    linear(bench.queue(), &product, 1, {bench.upload(identity), 192, inputs}, {});
     const std::vector<float> columns = bench.download(product.out, inputs * outputs);
     const std::vector<float> found = bench.download(x, 3 * 192);
     for (int row = 0; row < 3; ++row) {

@@ -3,6 +3,8 @@
 
 #include "../../kernels/src/cuda/language/async_copy.h"
 #include "../../kernels/src/cuda/language/mma.h"
+#include "../../kernels/src/cuda/language/overlap.h"
+#include "../../kernels/src/cuda/launch.h"
 #include "../../kernels/src/cuda/shim/grid.h"
 #include "../../kernels/src/fixed_math.h"
 
@@ -66,6 +68,26 @@ Add poison("the shim: shared memory is full of NaN when a block begins", [] {
     numbers[threadIdx.x] = 1.0f;
   });
   for (float value : seen) expect(std::isnan(value), "nothing is left of the block before");
+});
+
+__global__ void careful_kernel(int* out) {
+  begin_kernel();
+  *out = 1;
+}
+__global__ void careless_kernel(int* out, int awaits) {
+  if (threadIdx.x < static_cast<unsigned>(awaits)) await_previous();
+  *out = 1;
+}
+
+Add overlap("the shim: a thread that ends without having waited for the kernels before is reported", [] {
+  Bench bench;
+  int* out = bench.room<int>(1);
+  const Queue queue = bench.queue();
+  launch(queue.device, queue.stream, "careful", careful_kernel, {1}, {64}, 0, out);
+  launch(queue.device, queue.stream, "careful", careless_kernel, {1}, {64}, 0, out, 64);
+  queue.device.synchronise(queue.stream);
+  launch(queue.device, queue.stream, "careless", careless_kernel, {1}, {64}, 0, out, 63);
+  expect_error("careless: a thread ends without await_previous", [&] { queue.device.synchronise(queue.stream); });
 });
 
 Add deadlock("the shim: a barrier that not all threads reach is reported with where they wait", [] {

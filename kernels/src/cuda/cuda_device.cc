@@ -9,7 +9,8 @@ namespace penstock::cuda {
 
 namespace {
 
-constexpr int kLeastComputeMajor = 8;  // mma.m16n8k16 and cp.async
+constexpr int kLeastComputeMajor = 8;    // mma.m16n8k16 and cp.async
+constexpr int kOverlapComputeMajor = 9;  // language/overlap.h
 
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
 
@@ -150,9 +151,17 @@ class CudaDevice : public Device {
       check(cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.shared_bytes)),
             launch.name);
     }
-    const dim3 grid(launch.grid.x, launch.grid.y, launch.grid.z);
-    const dim3 threads(launch.threads.x, launch.threads.y, launch.threads.z);
-    check(cudaLaunchKernel(launch.function, grid, threads, launch.arguments, launch.shared_bytes, of(stream)), launch.name);
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = {launch.grid.x, launch.grid.y, launch.grid.z};
+    config.blockDim = {launch.threads.x, launch.threads.y, launch.threads.z};
+    config.dynamicSmemBytes = launch.shared_bytes;
+    config.stream = of(stream);
+    config.attrs = &overlap;
+    config.numAttrs = facts_.compute_major >= kOverlapComputeMajor ? 1 : 0;
+    check(cudaLaunchKernelExC(&config, launch.function, launch.arguments), launch.name);
   }
 
   void begin_capture(StreamHandle stream) override {

@@ -11,7 +11,7 @@ namespace {
 // Rows of the decode graphs.
 constexpr int kMostGraphRows = 64;
 // Blocks of decode attention that keep a processor busy.
-constexpr int kBlocksOfProcessor = 4;
+constexpr int kBlocksOfProcessor = 2;
 
 }  // namespace
 
@@ -127,7 +127,7 @@ void CudaForward::enqueue(const Counts& counts, bool layer_done) {
     rms_norm(queue, rows, {m.x, gained, s.hidden, nullptr, weight, hidden, shape_.norm_epsilon, m.normed, s.normed});
   };
   const auto multiply = [&](const uint16_t* input, size_t stride, int count, std::initializer_list<Product> products) {
-    linear(queue, products.begin(), static_cast<int>(products.size()), input, stride, count);
+    linear(queue, products.begin(), static_cast<int>(products.size()), {input, stride, count}, {m.partials, m.partial_bytes});
   };
   const AttentionArguments attention = {m.queries, m.attended, s.attended, shape_.heads};
   const size_t key_offset = s.queries;

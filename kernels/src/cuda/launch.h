@@ -25,7 +25,10 @@ void launch(Device& device, StreamHandle stream, const char* name, void (*kernel
   auto run = [=](uint32_t seed) {
     const std::tuple<Parameters...> values(arguments...);
     shim::run_grid({grid.x, grid.y, grid.z}, {threads.x, threads.y, threads.z}, shared_bytes, seed,
-                   [&] { std::apply(kernel, values); });
+                   [&] {
+                     std::apply(kernel, values);
+                     if (!shim::Block::current().thread().awaited) throw std::runtime_error("a thread ends without await_previous");
+                   });
   };
   device.launch({name, grid, threads, shared_bytes, nullptr, nullptr, std::move(run)}, stream);
 #endif

@@ -49,10 +49,23 @@ void rms_norm(const Queue& queue, int rows, const NormArguments& arguments);
 
 void swiglu(const Queue& queue, int rows, const float* gate, const float* up, size_t stride, int length, uint16_t* y, size_t y_stride);
 
+struct LinearInput {
+  const uint16_t* x;  // [rows, stride]
+  size_t stride;
+  int rows;
+};
+// Room where blocks of one product leave sums for others to add; without it they share less.
+struct Partials {
+  void* at = nullptr;
+  size_t bytes = 0;
+};
+// What a product of so many outputs takes of it.
+size_t partial_bytes(int outputs, int inputs);
+
 // Products of any kinds that share their input.
-void linear(const Queue& queue, const Product* products, int count, const uint16_t* x, size_t x_stride, int rows);
-void linear_few(const Queue& queue, const Product* products, int count, const uint16_t* x, size_t x_stride, int rows);
-void linear_many(const Queue& queue, const Product* products, int count, const uint16_t* x, size_t x_stride, int rows);
+void linear(const Queue& queue, const Product* products, int count, const LinearInput& input, const Partials& partials);
+void linear_few(const Queue& queue, const Product* products, int count, const LinearInput& input);
+void linear_many(const Queue& queue, const Product* products, int count, const LinearInput& input, const Partials& partials);
 
 struct StoreArguments {
   const float* projected;  // [rows, stride]

@@ -1,6 +1,6 @@
 // A weight matrix in device memory, in the order in which tensor cores take it. For the host and for kernels.
 //
-// 16 outputs are a panel, 64 inputs a chunk, and 4 chunks a slice: a sum over the inputs is one chain of mma over each slice, and
+// 16 outputs are a panel, 64 inputs a chunk, and 8 chunks a slice: a sum over the inputs is one chain of mma over each slice, and
 // the slices are added in order, whatever the number of rows and whichever kernel does it. Outputs and inputs are padded with zeros.
 //
 //   levels  [panel][chunk][plane][lane] 16 bytes; one plane of 4 bits, two of 8, four of halves
@@ -24,7 +24,7 @@ namespace penstock::cuda {
 
 constexpr int kPanelOutputs = 16;
 constexpr int kChunkInputs = 64;
-constexpr int kSliceChunks = 4;
+constexpr int kSliceChunks = 8;
 
 enum class WeightKind : int {
   Half,        // weight

@@ -6,7 +6,9 @@
 namespace penstock::cuda {
 
 namespace {
-constexpr size_t kSumShared = kRowThreads / 32 * sizeof(float);
+constexpr size_t kSumShared = kNormThreads / 32 * sizeof(float);
+
+unsigned parts(int count, int of) { return static_cast<unsigned>((count + of - 1) / of); }
 }
 
 void embed(const Queue& queue, const StepRows& step, int rows, const EmbedArguments& arguments) {
@@ -15,12 +17,13 @@ void embed(const Queue& queue, const StepRows& step, int rows, const EmbedArgume
 }
 
 void rms_norm(const Queue& queue, int rows, const NormArguments& arguments) {
-  launch(queue.device, queue.stream, "rms_norm", rms_norm_kernel, {static_cast<unsigned>(rows)}, {kRowThreads}, kSumShared, arguments.x, arguments.z,
+  launch(queue.device, queue.stream, "rms_norm", rms_norm_kernel, {static_cast<unsigned>(rows)}, {kNormThreads}, kSumShared, arguments.x, arguments.z,
          arguments.x_stride, arguments.rows, arguments.weight, arguments.length, arguments.epsilon, arguments.y, arguments.y_stride);
 }
 
 void swiglu(const Queue& queue, int rows, const float* gate, const float* up, size_t stride, int length, uint16_t* y, size_t y_stride) {
-  launch(queue.device, queue.stream, "swiglu", swiglu_kernel, {static_cast<unsigned>(rows)}, {kRowThreads}, 0, gate, up, stride, length, y, y_stride);
+  launch(queue.device, queue.stream, "swiglu", swiglu_kernel, {static_cast<unsigned>(rows), parts(length, kRowThreads)}, {kRowThreads}, 0, gate, up,
+         stride, length, y, y_stride);
 }
 
 void rotate_and_store(const Queue& queue, const KvView& kv, int layer, const StepRows& step, int rows, const StoreArguments& arguments) {
@@ -35,8 +38,8 @@ void rotate_and_store(const Queue& queue, const KvView& kv, int layer, const Ste
                              step.table_starts,
                              step.tables,
                              arguments.queries};
-  launch(queue.device, queue.stream, "rotate_and_store", rotate_and_store_kernel, {static_cast<unsigned>(rows)}, {kStoreWarps * 32},
-         kStoreWarps * kMostStoredDim * sizeof(float), kv, layer, in);
+  launch(queue.device, queue.stream, "rotate_and_store", rotate_and_store_kernel,
+         {static_cast<unsigned>(rows), parts(arguments.heads + 2 * kv.kv_heads, kStoreWarps)}, {kStoreWarps * 32}, kStoreWarps * kMostStoredDim * sizeof(float), kv, layer, in);
 }
 
 void draw_tokens(const Queue& queue, const float* logits, size_t stride, int vocabulary, const DrawOrder* orders, int count, int32_t* tokens) {

@@ -27,6 +27,13 @@ StepStrides strides_of(const ModelShape& s) {
   return strides;
 }
 
+// Of the layers that give a device few blocks; the wide ones have enough.
+size_t most_partial_bytes(const ModelShape& s) {
+  const int queries = s.heads * s.head_dim;
+  return std::max({penstock::cuda::partial_bytes(queries + 2 * s.kv_heads * s.head_dim, s.hidden), penstock::cuda::partial_bytes(s.hidden, queries),
+                   penstock::cuda::partial_bytes(s.hidden, s.feed_forward)});
+}
+
 // Partial results of decode attention beyond which rows are computed as prefill is, which needs none.
 constexpr size_t kMostUnitBytes = size_t{256} << 20;
 
@@ -90,6 +97,8 @@ void StepMemory::lay_out(Arena& arena, const ModelShape& s) {
   arena.take(unit_totals, limits.units * s.heads * s.head_dim);
   arena.take(unit_states, limits.units * s.heads * 2);
   arena.take(logits, limits.logit_rows * strides.logits);
+  partial_bytes = most_partial_bytes(s);
+  arena.take(partials, partial_bytes);
   arena.take(drawn, limits.outputs);
 }
 

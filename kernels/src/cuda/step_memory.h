@@ -72,6 +72,8 @@ class StepMemory {
   float* unit_totals = nullptr;  // [units, heads, head_dim]
   float* unit_states = nullptr;  // [units, heads, 2]
   float* logits = nullptr;       // [logit rows, logits]
+  uint8_t* partials = nullptr;   // of linear layers
+  size_t partial_bytes = 0;
   int32_t* drawn = nullptr;      // [outputs]
 
   int32_t* drawn_host = nullptr;  // [outputs] pinned

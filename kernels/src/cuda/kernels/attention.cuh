@@ -13,6 +13,7 @@
 #include "../kv_view.h"
 #include "../language/async_copy.h"
 #include "../language/mma.h"
+#include "../language/overlap.h"
 #include "../prefill_task.h"
 
 namespace penstock::cuda {
@@ -21,44 +22,72 @@ constexpr int unit_tokens(int dim) { return dim <= 128 ? 128 : 64; }
 constexpr int kPad = 8;  // halves between rows of shared memory, so that they fall into different banks
 constexpr float kNone = -3.402823466e38f;  // a score below all others, for which exp gives zero
 
+constexpr int power_of_two(int least) { return least <= 1 ? 1 : 2 * power_of_two((least + 1) / 2); }
+
 // Keys or values of `tokens` tokens from `first` on, as halves in rows of kDim + kPad; zeros beyond the tokens and the
 // dimensions of the model, as what lies in the pool there may be anything. Halves come asynchronously, as one group.
+//
+// A thread has eight dimensions of every kStep-th token. The entries of the block table that it needs are under way together.
 template <int kDim, int kThreads>
 __device__ __forceinline__ void load_unit(uint16_t* into, const KvView& kv, int layer, int values, int head,
                                           const int32_t* __restrict__ table, int first, int tokens) {
-  constexpr int kParts = kDim / 8;
-  for (int i = threadIdx.x; i < unit_tokens(kDim) * kParts; i += kThreads) {
-    const int token = i / kParts;
-    const int d = i % kParts * 8;
-    uint16_t* to = into + token * (kDim + kPad) + d;
-    const bool there = token < tokens && d < kv.head_dim;
-    const uint8_t* piece = nullptr;
-    int slot = 0;
-    if (there) {
-      slot = (first + token) % kv.block_tokens;
-      piece = kv.base + kv.piece(layer, table[(first + token) / kv.block_tokens], values, head);
+  constexpr int kLanes = power_of_two(kDim / 8);
+  constexpr int kStep = kThreads / kLanes;
+  constexpr int kTogether = unit_tokens(kDim) / kStep < 8 ? unit_tokens(kDim) / kStep : 8;
+  static_assert(unit_tokens(kDim) % (kStep * kTogether) == 0);
+  const int d = threadIdx.x % kLanes * 8;
+  const bool has_dims = d < kv.head_dim;
+  const size_t token_bytes = kv.token_bytes();
+  const size_t block_bytes = kv.layer_block_bytes();
+  const uint8_t* base = kv.base + kv.piece(layer, 0, values, head);
+  int token = threadIdx.x / kLanes;
+  int entry = (first + token) / kv.block_tokens;
+  int slot = (first + token) % kv.block_tokens;
+  const int entries_on = kStep / kv.block_tokens;
+  const int slots_on = kStep % kv.block_tokens;
+  for (int part = 0; part < unit_tokens(kDim) / (kStep * kTogether); ++part) {
+    int block[kTogether], slots[kTogether];
+    const int first_token = token;
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      block[j] = has_dims && token < tokens ? table[entry] : -1;
+      slots[j] = slot;
+      token += kStep;
+      entry += entries_on;
+      slot += slots_on;
+      if (slot >= kv.block_tokens) {
+        slot -= kv.block_tokens;
+        ++entry;
+      }
     }
-    if (kv.bits == 16) {
-      copy_async16(to, piece + (size_t(slot) * kv.head_dim + d) * 2, there);
-      continue;
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      if (d >= kDim) continue;
+      uint16_t* to = into + (first_token + j * kStep) * (kDim + kPad) + d;
+      const bool there = block[j] >= 0;
+      const uint8_t* piece = base + (there ? block[j] * block_bytes : 0);
+      if (kv.bits == 16) {
+        copy_async16(to, piece + slots[j] * token_bytes + d * 2, there);
+        continue;
+      }
+      uint4 halves = make_uint4(0, 0, 0, 0);
+      if (there) {
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(piece + kv.block_tokens * token_bytes);
+        const float scale = half_to_float(scales[slots[j]]);
+        const float zero = half_to_float(scales[kv.block_tokens + slots[j]]);
+        const int half_dim = kv.head_dim / 2;
+        const bool upper = kv.bits == 4 && d >= half_dim;
+        const uint2 codes = *reinterpret_cast<const uint2*>(piece + slots[j] * token_bytes + (upper ? d - half_dim : d));
+        const auto value = [&](int k) {
+          const uint32_t byte = (k < 4 ? codes.x : codes.y) >> 8 * (k % 4) & 255u;
+          const uint32_t code = kv.bits == 8 ? byte : upper ? byte >> 4 : byte & 15u;
+          return fmaf(scale, static_cast<float>(code), zero);
+        };
+        halves = make_uint4(half2_of(value(0), value(1)), half2_of(value(2), value(3)), half2_of(value(4), value(5)),
+                            half2_of(value(6), value(7)));
+      }
+      *reinterpret_cast<uint4*>(to) = halves;
     }
-    uint4 halves = make_uint4(0, 0, 0, 0);
-    if (there) {
-      const uint16_t* scales = reinterpret_cast<const uint16_t*>(piece + kv.block_tokens * kv.token_bytes());
-      const float scale = half_to_float(scales[slot]);
-      const float zero = half_to_float(scales[kv.block_tokens + slot]);
-      const int half_dim = kv.head_dim / 2;
-      const bool upper = kv.bits == 4 && d >= half_dim;
-      const uint2 codes = *reinterpret_cast<const uint2*>(piece + slot * kv.token_bytes() + (upper ? d - half_dim : d));
-      const auto value = [&](int k) {
-        const uint32_t byte = (k < 4 ? codes.x : codes.y) >> 8 * (k % 4) & 255u;
-        const uint32_t code = kv.bits == 8 ? byte : upper ? byte >> 4 : byte & 15u;
-        return fmaf(scale, static_cast<float>(code), zero);
-      };
-      halves = make_uint4(half2_of(value(0), value(1)), half2_of(value(2), value(3)), half2_of(value(4), value(5)),
-                          half2_of(value(6), value(7)));
-    }
-    *reinterpret_cast<uint4*>(to) = halves;
   }
   close_copy_group();
 }
@@ -181,6 +210,7 @@ template <int kDim>
 __global__ void __launch_bounds__(kDecodeThreads) attend_decode_kernel(const KvView kv, int layer, const DecodeRows in) {
   constexpr int kUnit = unit_tokens(kDim);
   constexpr int kTiles = kUnit / 4 / 8;  // of a warp, which has a quarter of the tokens
+  begin_kernel();
   const int index = blockIdx.z;
   const int row = in.rows[index];
   const int context = in.positions[row] + 1;
@@ -200,19 +230,28 @@ __global__ void __launch_bounds__(kDecodeThreads) attend_decode_kernel(const KvV
   float* greatests = reinterpret_cast<float*>(weights + 16 * (kUnit + kPad));  // [4, 16]
   float* sums = greatests + 4 * 16;                            // [4, 16]
 
-  for (int i = threadIdx.x; i < 16 * kDim; i += kDecodeThreads) {
-    const int query = first_query + i / kDim;
-    const int d = i % kDim;
+  // Queries come with the first keys. Of the next unit keys are under way as soon as these are read, and then values.
+  for (int i = threadIdx.x; i < 16 * (kDim / 8); i += kDecodeThreads) {
+    const int query = first_query + i / (kDim / 8);
+    const int d = i % (kDim / 8) * 8;
     const bool there = query < group && d < kv.head_dim;
-    queries[i / kDim * (kDim + kPad) + d] =
-        there ? in.queries[(size_t(row) * in.heads + kv_head * group + query) * kv.head_dim + d] : uint16_t{0};
+    copy_async16(queries + i / (kDim / 8) * (kDim + kPad) + d,
+                 in.queries + (size_t(row) * in.heads + kv_head * group + (there ? query : 0)) * kv.head_dim + d, there);
   }
+  const auto tokens_of = [&](int unit) { return context - unit * kUnit < kUnit ? context - unit * kUnit : kUnit; };
+  const auto load = [&](uint16_t* into, int of, int unit) {
+    if (unit * kUnit < context) {
+      load_unit<kDim, kDecodeThreads>(into, kv, layer, of, kv_head, table, unit * kUnit, tokens_of(unit));
+    } else {
+      close_copy_group();
+    }
+  };
+  load(keys, 0, blockIdx.x);
+  load(values, 1, blockIdx.x);
 
   for (int unit = blockIdx.x; unit * kUnit < context; unit += gridDim.x) {
-    const int first = unit * kUnit;
-    const int tokens = context - first < kUnit ? context - first : kUnit;
-    load_unit<kDim, kDecodeThreads>(keys, kv, layer, 0, kv_head, table, first, tokens);
-    load_unit<kDim, kDecodeThreads>(values, kv, layer, 1, kv_head, table, first, tokens);
+    const int tokens = tokens_of(unit);
+    const int next = unit + gridDim.x;
     await_copies<1>();
     __syncthreads();
 
@@ -226,6 +265,7 @@ __global__ void __launch_bounds__(kDecodeThreads) attend_decode_kernel(const KvV
       if (lane % 4 == 0) greatests[warp * 16 + g + 8 * r] = greatest[r];
     }
     __syncthreads();
+    load(keys, 0, next);
     for (int r = 0; r < 2; ++r) {
       for (int w = 0; w < 4; ++w) {
         const float other = greatests[w * 16 + g + 8 * r];
@@ -244,7 +284,7 @@ __global__ void __launch_bounds__(kDecodeThreads) attend_decode_kernel(const KvV
       *reinterpret_cast<uint32_t*>(to) = half2_of(scores[n][0], scores[n][1]);
       *reinterpret_cast<uint32_t*>(to + 8 * (kUnit + kPad)) = half2_of(scores[n][2], scores[n][3]);
     }
-    await_copies<0>();
+    await_copies<1>();
     __syncthreads();
 
     const size_t place = (size_t(in.unit_starts[index]) + unit) * in.heads + kv_head * group;
@@ -276,25 +316,42 @@ __global__ void __launch_bounds__(kDecodeThreads) attend_decode_kernel(const KvV
         }
       }
     }
-    __syncthreads();  // before the next unit overwrites what is shared
+    __syncthreads();  // the values are read
+    load(values, 1, next);
   }
+  await_copies<0>();
 }
 
 // blockIdx: (head, decode row); a thread for each dimension.
 template <int kUnit>
 __global__ void merge_units_kernel(int head_dim, const DecodeRows in) {
+  begin_kernel();
   const int head = blockIdx.x;
   const int index = blockIdx.y;
   const int row = in.rows[index];
   const int units = (in.positions[row] + kUnit) / kUnit;
   const int d = threadIdx.x;
   if (d >= head_dim || units == 0) return;
+  constexpr int kTogether = 8;  // units that are under way together
   Gathered gathered;
   float total = 0.0f;
-  for (int unit = 0; unit < units; ++unit) {
-    const size_t place = (size_t(in.unit_starts[index]) + unit) * in.heads + head;
-    const MergeWeights weights = merge(gathered, in.states[2 * place], in.states[2 * place + 1]);
-    total = fmaf(total, weights.old_weight, in.totals[place * head_dim + d] * weights.new_weight);
+  const size_t first_place = size_t(in.unit_starts[index]) * in.heads + head;
+  for (int first = 0; first < units; first += kTogether) {
+    float2 states[kTogether];
+    float totals[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      if (first + k >= units) break;
+      const size_t place = first_place + size_t(first + k) * in.heads;
+      states[k] = reinterpret_cast<const float2*>(in.states)[place];
+      totals[k] = in.totals[place * head_dim + d];
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      if (first + k >= units) break;
+      const MergeWeights weights = merge(gathered, states[k].x, states[k].y);
+      total = fmaf(total, weights.old_weight, totals[k] * weights.new_weight);
+    }
   }
   in.out[row * in.out_stride + head * head_dim + d] = float_to_half(total * (1.0f / gathered.sum));
 }
@@ -329,6 +386,7 @@ __global__ void __launch_bounds__(prefill_warps(kDim) * 32) attend_prefill_kerne
   constexpr int kQueries = 16 * kWarps;
   constexpr int kUnit = unit_tokens(kDim);
   constexpr int kTiles = kUnit / 8;
+  begin_kernel();
   const PrefillTask task = in.tasks[blockIdx.x];
   const int kv_head = blockIdx.y;
   const int group = in.heads / kv.kv_heads;
@@ -343,15 +401,15 @@ __global__ void __launch_bounds__(prefill_warps(kDim) * 32) attend_prefill_kerne
   uint16_t* tile = queries + kQueries * (kDim + kPad);                      // [kUnit, kDim + kPad] keys, then values
   float* totals = reinterpret_cast<float*>(tile + kUnit * (kDim + kPad));   // [kQueries, kDim]; a warp has rows of its own
 
-  for (int i = threadIdx.x; i < kQueries * kDim; i += kThreads) {
-    const int query = task.first_query + i / kDim;
+  for (int i = threadIdx.x; i < kQueries * (kDim / 8); i += kThreads) {
+    const int query = task.first_query + i / (kDim / 8);
     const int token = query / group;
-    const int d = i % kDim;
+    const int d = i % (kDim / 8) * 8;
     const bool there = token < task.rows && d < kv.head_dim;
     const size_t from = (size_t(task.first_row + token) * in.heads + kv_head * group + query % group) * kv.head_dim + d;
-    queries[i / kDim * (kDim + kPad) + d] = there ? in.queries[from] : uint16_t{0};
-    totals[i] = 0.0f;
+    copy_async16(queries + i / (kDim / 8) * (kDim + kPad) + d, in.queries + (there ? from : 0), there);
   }
+  for (int i = threadIdx.x; i < kQueries * kDim; i += kThreads) totals[i] = 0.0f;
 
   // Positions up to which the lane's rows see, less one; -1 where there is no row.
   int sees[2];
@@ -399,19 +457,23 @@ __global__ void __launch_bounds__(prefill_warps(kDim) * 32) attend_prefill_kerne
     await_copies<0>();
     __syncthreads();
 
+    constexpr int kTogether = kDim % 32 == 0 ? 2 : 1;  // of what follows, so that no mma waits for the one before it
 #pragma unroll
-    for (int n = 0; n < kDim / 16; ++n) {
-      float out[2][4] = {};
+    for (int n = 0; n < kDim / 16; n += kTogether) {
+      float out[2 * kTogether][4] = {};
 #pragma unroll
       for (int k = 0; k < kUnit / 16; ++k) {
         const uint32_t a[4] = {weights[2 * k][0], weights[2 * k][1], weights[2 * k + 1][0], weights[2 * k + 1][1]};
-        uint32_t b[4];
-        load_matrices_transposed(b, tile + value_row(lane, kDim + kPad) + 16 * k * (kDim + kPad) + 16 * n);
-        mma_m16n8k16(out[0], a, b[0], b[1]);
-        mma_m16n8k16(out[1], a, b[2], b[3]);
+#pragma unroll
+        for (int m = 0; m < kTogether; ++m) {
+          uint32_t b[4];
+          load_matrices_transposed(b, tile + value_row(lane, kDim + kPad) + 16 * k * (kDim + kPad) + 16 * (n + m));
+          mma_m16n8k16(out[2 * m], a, b[0], b[1]);
+          mma_m16n8k16(out[2 * m + 1], a, b[2], b[3]);
+        }
       }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2 * kTogether; ++half) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           float* total = totals + (16 * warp + g + 8 * r) * kDim + 16 * n + 8 * half + lane % 4 * 2;

@@ -6,6 +6,7 @@
 #include "../../fixed_math.h"
 #include "../kv_view.h"
 #include "../language/half.h"
+#include "../language/overlap.h"
 #include "../matrix_layout.h"
 
 namespace penstock::cuda {
@@ -45,6 +46,7 @@ constexpr int kRowThreads = 256;
 // blockIdx.x: row. The row's embedding, and the angles of its position.
 __global__ void embed_kernel(const DeviceMatrix matrix, const int32_t* __restrict__ tokens, const int32_t* __restrict__ positions,
                       const double* __restrict__ frequencies, int pairs, float* x, size_t x_stride, float2* angles) {
+  begin_kernel();
   const int row = blockIdx.x;
   for (int i = threadIdx.x; i < matrix.inputs; i += kRowThreads) x[row * x_stride + i] = weight_at(matrix, tokens[row], i);
   for (int i = threadIdx.x; i < pairs; i += kRowThreads) {
@@ -53,39 +55,61 @@ __global__ void embed_kernel(const DeviceMatrix matrix, const int32_t* __restric
   }
 }
 
+constexpr int kNormThreads = 512;
+constexpr int kNormTogether = 4;  // elements of a thread that are under way together
+
 // blockIdx.x: row of the output. The residual stream x gains z, where there is one; y is its RMS norm. Where `rows` is there the
 // output is of x's rows[blockIdx.x], and x is left as it is: a row may be named twice.
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kNormThreads)
     rms_norm_kernel(float* x, const float* __restrict__ z, size_t x_stride, const int32_t* __restrict__ rows,
              const float* __restrict__ weight, int length, float epsilon, uint16_t* y, size_t y_stride) {
+  begin_kernel();
   PENSTOCK_SHARED(shared);
   const int row = rows == nullptr ? static_cast<int>(blockIdx.x) : rows[blockIdx.x];
   float* from = x + row * x_stride;
-  float squares = 0.0f;
-  for (int i = threadIdx.x; i < length; i += kRowThreads) {
-    float value = from[i];
-    if (z != nullptr) {
-      value += z[row * x_stride + i];
-      if (rows == nullptr) from[i] = value;
+  const bool gains = z != nullptr;
+  const bool keeps = gains && rows == nullptr;  // what it gains
+  const float* gained = gains ? z + row * x_stride : nullptr;
+  float value[kNormTogether];
+  const auto load = [&](int first, bool gain) {
+#pragma unroll
+    for (int k = 0; k < kNormTogether; ++k) {
+      const int i = first + k * kNormThreads;
+      value[k] = i < length ? from[i] : 0.0f;
+      if (gain && i < length) value[k] += gained[i];
     }
-    squares = fmaf(value, value, squares);
+  };
+  float squares = 0.0f;
+  for (int first = threadIdx.x; first < length; first += kNormTogether * kNormThreads) {
+    load(first, gains);
+#pragma unroll
+    for (int k = 0; k < kNormTogether; ++k) {
+      const int i = first + k * kNormThreads;
+      if (keeps && i < length) from[i] = value[k];
+      squares = fmaf(value[k], value[k], squares);
+    }
   }
   const float mean = block_sum(squares, reinterpret_cast<float*>(shared)) / static_cast<float>(length);
   const float scale = 1.0f / sqrtf(mean + epsilon);
-  for (int i = threadIdx.x; i < length; i += kRowThreads) {
-    const float value = z != nullptr && rows != nullptr ? from[i] + z[row * x_stride + i] : from[i];
-    y[blockIdx.x * y_stride + i] = float_to_half(value * scale * weight[i]);
+  for (int first = threadIdx.x; first < length; first += kNormTogether * kNormThreads) {
+    load(first, gains && !keeps);
+#pragma unroll
+    for (int k = 0; k < kNormTogether; ++k) {
+      const int i = first + k * kNormThreads;
+      if (i < length) y[blockIdx.x * y_stride + i] = float_to_half(value[k] * scale * weight[i]);
+    }
   }
 }
 
-// blockIdx.x: row. silu(gate) * up.
-__global__ void swiglu_kernel(const float* __restrict__ gate, const float* __restrict__ up, size_t stride, int length, uint16_t* y,
-                       size_t y_stride) {
+// blockIdx: (row, kRowThreads of its elements). silu(gate) * up.
+__global__ void __launch_bounds__(kRowThreads) swiglu_kernel(const float* __restrict__ gate, const float* __restrict__ up, size_t stride,
+                                                             int length, uint16_t* y, size_t y_stride) {
+  begin_kernel();
   const size_t row = blockIdx.x;
-  for (int i = threadIdx.x; i < length; i += kRowThreads) {
-    const float value = gate[row * stride + i];
-    y[row * y_stride + i] = float_to_half(value / (1.0f + fixed_exp(-value)) * up[row * stride + i]);
-  }
+  const int i = blockIdx.y * kRowThreads + threadIdx.x;
+  if (i >= length) return;
+  const float value = gate[row * stride + i];
+  y[row * y_stride + i] = float_to_half(value / (1.0f + fixed_exp(-value)) * up[row * stride + i]);
 }
 
 struct RotateAndStore {
@@ -141,9 +165,10 @@ __device__ __forceinline__ void store_codes(const KvView& kv, uint8_t* piece, in
   }
 }
 
-// blockIdx.x: row. Rotates queries and keys, and writes keys and values to the row's place in the pool. A warp takes a head at a
-// time, of the queries, then of the keys, then of the values.
+// blockIdx: (row, kStoreWarps of its heads). Rotates queries and keys, and writes keys and values to the row's place in the pool. A
+// warp takes a head: of the queries, then of the keys, then of the values.
 __global__ void __launch_bounds__(kStoreWarps * 32) rotate_and_store_kernel(const KvView kv, int layer, const RotateAndStore in) {
+  begin_kernel();
   PENSTOCK_SHARED(shared);
   const int row = blockIdx.x;
   const int warp = threadIdx.x / 32;
@@ -153,37 +178,36 @@ __global__ void __launch_bounds__(kStoreWarps * 32) rotate_and_store_kernel(cons
   const int block = position < 0 ? 0 : in.tables[in.table_starts[row] + position / kv.block_tokens];
   const int slot = position % kv.block_tokens;
 
-  for (int item = warp; item < in.heads + 2 * kv.kv_heads; item += kStoreWarps) {
-    const bool query = item < in.heads;
-    const bool value = item >= in.heads + kv.kv_heads;
-    const int head = query ? item : value ? item - in.heads - kv.kv_heads : item - in.heads;
-    const float* from = in.projected + row * in.stride + (query ? 0 : value ? in.value_offset : in.key_offset) + head * kv.head_dim;
-    for (int d = 2 * lane; d < kv.head_dim; d += 64) {
-      float even = from[d];
-      float odd = from[d + 1];
-      if (!value && d < in.rotary) {
-        const float2 angle = in.angles[(size_t(row) * in.rotary + d) / 2];
-        const float x = even;
-        even = fmaf(x, angle.x, odd * -angle.y);
-        odd = fmaf(odd, angle.x, x * angle.y);
-      }
-      values[d] = even;
-      values[d + 1] = odd;
+  const int item = blockIdx.y * kStoreWarps + warp;
+  if (item >= in.heads + 2 * kv.kv_heads) return;
+  const bool query = item < in.heads;
+  const bool value = item >= in.heads + kv.kv_heads;
+  const int head = query ? item : value ? item - in.heads - kv.kv_heads : item - in.heads;
+  const float* from = in.projected + row * in.stride + (query ? 0 : value ? in.value_offset : in.key_offset) + head * kv.head_dim;
+  for (int d = 2 * lane; d < kv.head_dim; d += 64) {
+    float even = from[d];
+    float odd = from[d + 1];
+    if (!value && d < in.rotary) {
+      const float2 angle = in.angles[(size_t(row) * in.rotary + d) / 2];
+      const float x = even;
+      even = fmaf(x, angle.x, odd * -angle.y);
+      odd = fmaf(odd, angle.x, x * angle.y);
     }
-    __syncwarp();
-    if (query) {
-      uint16_t* into = in.queries + (size_t(row) * in.heads + head) * kv.head_dim;
+    values[d] = even;
+    values[d + 1] = odd;
+  }
+  __syncwarp();
+  if (query) {
+    uint16_t* into = in.queries + (size_t(row) * in.heads + head) * kv.head_dim;
+    for (int d = lane; d < kv.head_dim; d += 32) into[d] = float_to_half(values[d]);
+  } else if (position >= 0) {
+    uint8_t* piece = kv.base + kv.piece(layer, block, value ? 1 : 0, head);
+    if (kv.bits == 16) {
+      uint16_t* into = reinterpret_cast<uint16_t*>(piece) + slot * kv.head_dim;
       for (int d = lane; d < kv.head_dim; d += 32) into[d] = float_to_half(values[d]);
-    } else if (position >= 0) {
-      uint8_t* piece = kv.base + kv.piece(layer, block, value ? 1 : 0, head);
-      if (kv.bits == 16) {
-        uint16_t* into = reinterpret_cast<uint16_t*>(piece) + slot * kv.head_dim;
-        for (int d = lane; d < kv.head_dim; d += 32) into[d] = float_to_half(values[d]);
-      } else {
-        store_codes(kv, piece, slot, values);
-      }
+    } else {
+      store_codes(kv, piece, slot, values);
     }
-    __syncwarp();
   }
 }
 
@@ -192,6 +216,7 @@ __global__ void __launch_bounds__(kStoreWarps * 32) rotate_and_store_kernel(cons
 // blockIdx.x: one layer of one block, counted [layer][block] from `first`. `packed` has these side by side.
 template <bool kOut>
 __global__ void move_blocks_kernel(const KvView kv, const int32_t* __restrict__ blocks, int count, int first_layer, int first, uint4* packed) {
+  begin_kernel();
   const int piece = first + blockIdx.x;
   const size_t words = kv.layer_block_bytes() / sizeof(uint4);
   uint4* pool = reinterpret_cast<uint4*>(kv.base + kv.piece(first_layer + piece / count, blocks[piece % count], 0, 0));
@@ -207,6 +232,7 @@ __global__ void move_blocks_kernel(const KvView kv, const int32_t* __restrict__ 
 
 // blockIdx.x: layer.
 __global__ void copy_block_kernel(const KvView kv, int from, int to) {
+  begin_kernel();
   const uint4* source = reinterpret_cast<const uint4*>(kv.base + kv.piece(blockIdx.x, from, 0, 0));
   uint4* goal = reinterpret_cast<uint4*>(kv.base + kv.piece(blockIdx.x, to, 0, 0));
   for (size_t i = threadIdx.x; i < kv.layer_block_bytes() / sizeof(uint4); i += kRowThreads) goal[i] = source[i];

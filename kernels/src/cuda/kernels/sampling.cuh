@@ -7,16 +7,16 @@
 #include "../../fixed_math.h"
 #include "../../philox.h"
 #include "../draw_order.h"
-#include "../language/language.h"
+#include "../language/overlap.h"
 
 namespace penstock::cuda {
 
-constexpr int kDrawThreads = 256;
+constexpr int kDrawThreads = 1024;
 constexpr int kSumIds = 1024;  // ids whose weights are summed in floats, in 16 lanes
 
 inline size_t draw_shared_bytes(int vocabulary) {
   return sizeof(double) * ((vocabulary + kSumIds - 1) / kSumIds) + sizeof(uint64_t) * kMostCandidates +
-         sizeof(float) * kMostCandidates + sizeof(uint32_t) * (256 + 32);
+         sizeof(float) * kMostCandidates + sizeof(uint32_t) * (256 + kDrawThreads / 32 + 2);
 }
 
 // Order of floats as order of integers; the two zeros are equal.
@@ -26,8 +26,9 @@ __device__ __forceinline__ uint32_t rank_of(float logit) {
 }
 __device__ __forceinline__ float logit_of(uint32_t rank) { return float_of(rank & 0x80000000u ? rank & 0x7fffffffu : ~rank); }
 
-// The greatest over a block's threads, the same for all of them.
-__device__ __forceinline__ uint32_t block_max(uint32_t value, uint32_t* scratch /* one word */) {
+// The greatest over a block's threads, the same for all of them. `scratch` is one, shared.
+template <class T>
+__device__ __forceinline__ T block_max(T value, T* scratch) {
   __syncthreads();
   if (threadIdx.x == 0) *scratch = 0;
   __syncthreads();
@@ -41,7 +42,7 @@ struct DrawMemory {
   uint64_t* candidates;  // [kMostCandidates] rank and the complement of the id: greater is earlier
   float* weights;        // [kMostCandidates], also of the ids of one block
   uint32_t* counts;      // [256]
-  uint32_t* words;       // [32]
+  uint32_t* words;       // [warps + 2], aligned for two together
 };
 
 // Sums of exp((x - greatest) / temperature) over blocks of ids; a warp sums two at a time, sixteen lanes each.
@@ -125,7 +126,7 @@ __device__ __forceinline__ void select_candidates(const float* x, int vocabulary
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   uint32_t equals = 0;
-  if (threadIdx.x == 0) memory.words[16] = 0;
+  if (threadIdx.x == 0) memory.words[kDrawThreads / 32] = 0;
   for (int first = 0; first < vocabulary; first += kDrawThreads) {
     const int id = first + threadIdx.x;
     const uint32_t rank = id < vocabulary ? rank_of(x[id]) : 0;
@@ -139,7 +140,7 @@ __device__ __forceinline__ void select_candidates(const float* x, int vocabulary
       equals += memory.words[w];
     }
     if (id < vocabulary && (rank > prefix || (equal && before < left))) {
-      const uint32_t at = atomicAdd(&memory.words[16], 1u);
+      const uint32_t at = atomicAdd(&memory.words[kDrawThreads / 32], 1u);
       memory.candidates[at] = uint64_t{rank} << 32 | (0xffffffffu - static_cast<uint32_t>(id));
     }
     __syncthreads();
@@ -236,6 +237,7 @@ __device__ __forceinline__ int32_t draw_from_some(int count, int vocabulary, flo
 // blockIdx.x: order.
 __global__ void __launch_bounds__(kDrawThreads)
     draw_tokens_kernel(const float* __restrict__ logits, size_t stride, int vocabulary, const DrawOrder* __restrict__ orders, int32_t* tokens) {
+  begin_kernel();
   PENSTOCK_SHARED(shared);
   DrawMemory memory;
   memory.block_sums = reinterpret_cast<double*>(shared);
@@ -246,29 +248,26 @@ __global__ void __launch_bounds__(kDrawThreads)
   const DrawOrder order = orders[blockIdx.x];
   const float* x = logits + order.row * stride;
 
-  uint32_t greatest_rank = 0;
+  // The first of all candidates: of equals the one with the lowest id.
+  unsigned long long first = 0;
   uint32_t magnitude = 0;
+#pragma unroll 4
   for (int id = threadIdx.x; id < vocabulary; id += kDrawThreads) {
-    const uint32_t rank = rank_of(x[id]);
-    const uint32_t bits = bits_of(x[id]) & 0x7fffffffu;
-    greatest_rank = rank > greatest_rank ? rank : greatest_rank;
+    const float logit = x[id];
+    const unsigned long long here = static_cast<unsigned long long>(rank_of(logit)) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
+    const uint32_t bits = bits_of(logit) & 0x7fffffffu;
+    first = here > first ? here : first;
     magnitude = bits > magnitude ? bits : magnitude;
   }
-  greatest_rank = block_max(greatest_rank, memory.words);
+  first = block_max(first, reinterpret_cast<unsigned long long*>(memory.words));
   const bool finite = block_max(magnitude, memory.words) < 0x7f800000u;
   int32_t token = kNotDrawn;
   if (!finite) {
     token = kNotFinite;
   } else if (order.wanted != 0) {
-    const float greatest = logit_of(greatest_rank);
+    const float greatest = logit_of(static_cast<uint32_t>(first >> 32));
     if (order.temperature < kGreedyBelow) {
-      // The lowest id: the greatest complement.
-      uint32_t complement = 0;
-      for (int id = threadIdx.x; id < vocabulary; id += kDrawThreads) {
-        const uint32_t here = 0xffffffffu - static_cast<uint32_t>(id);
-        if (x[id] == greatest && here > complement) complement = here;
-      }
-      token = static_cast<int32_t>(0xffffffffu - block_max(complement, memory.words));
+      token = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(first));
     } else {
       const bool chooses_k = order.top_k > 0 && order.top_k < vocabulary;
       double total = 0.0;

@@ -50,6 +50,7 @@ void Block::run(const Kernel& kernel, Dim3 grid, Dim3 threads, Dim3 index, size_
     thread.ended = false;
     thread.copies.clear();
     thread.copy_group = 0;
+    thread.awaited = false;
     thread.fiber.prepare(run_thread);
   }
 

@@ -68,6 +68,7 @@ struct Thread {
   bool ended = false;
   std::vector<PendingCopy> copies;
   unsigned copy_group = 0;
+  bool awaited = false;  // what was on the stream before
 };
 
 class Block {

@@ -122,8 +122,10 @@ inline T atomicAdd(T* at, T value) {
   static_assert(std::is_integral_v<T>);
   return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }
-inline unsigned atomicMax(unsigned* at, unsigned value) {
-  unsigned old = __atomic_load_n(at, __ATOMIC_RELAXED);
+template <class T>
+inline T atomicMax(T* at, T value) {
+  static_assert(std::is_unsigned_v<T>);
+  T old = __atomic_load_n(at, __ATOMIC_RELAXED);
   while (old < value && !__atomic_compare_exchange_n(at, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
   return old;

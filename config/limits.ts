@@ -83,6 +83,9 @@ export const limits = {
   movesPerRequest: 64,
   /** … while the KV that a worker has given away is not fetched, the worker waits so long for it before it ends. */
   movedKvMs: 300,
+  /** Streams that an actor gives away together, and how long others go on undisturbed then: each pauses for itself, and not for all. */
+  movesAtOnce: 4,
+  moveSpacingMs: 100,
   /** Time that an actor has to give away what it does when it is told to end. */
   leaveDeadlineMs: 1_000,
   /** What a refused client is asked to wait before it tries again. */
@@ -287,6 +290,7 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.storeDeadlineMs * 2 <= limits.storePutDeadlineMs, "storeDeadlineMs * 2 <= storePutDeadlineMs"],
   [limits.leaveDeadlineMs * 2 < limits.shutdownDeadlineMs, "leaveDeadlineMs * 2 < shutdownDeadlineMs"],
   [limits.movedKvMs * 2 < limits.leaveDeadlineMs, "movedKvMs * 2 < leaveDeadlineMs"],
+  [limits.moveSpacingMs < limits.movedKvMs, "moveSpacingMs < movedKvMs"],
   [limits.storePeerDeadlineMs * 2 < limits.storeDeadlineMs, "storePeerDeadlineMs * 2 < storeDeadlineMs"],
   [limits.streamWindowFrames <= limits.streamBacklogFrames, "streamWindowFrames <= streamBacklogFrames"],
   [limits.placementDeadlineMs <= limits.requestDeadlineMs, "placementDeadlineMs <= requestDeadlineMs"],

@@ -14,7 +14,6 @@ const one = (wanted: boolean, path: ReadonlyArray<string | number>, use: string)
 /** Delete a line when its feature is built; nothing else knows of it. */
 const rules: ReadonlyArray<Rule> = [
   ({ gateway }) => one(gateway.replicas > 1, ["gateway", "replicas"], "1"),
-  ({ request }) => one(request.replicas > 1, ["request", "replicas"], "1"),
   ({ scheduler }) => one(!["cache-aware", "least-loaded"].includes(scheduler.policy), ["scheduler", "policy"], "cache-aware or least-loaded"),
   ({ scheduler }) => one(scheduler.admission !== "none", ["scheduler", "admission"], "none"),
   ({ scheduler }) => one(scheduler.objectives !== undefined, ["scheduler", "objectives"], "no objectives key"),

@@ -85,7 +85,12 @@ export const requestActor = (options: RequestActorOptions): Effect.Effect<void, 
         leaving = true
         running.leave("queues") // first, or what is given back would come here again
         const given = [...serving.values()]
-        for (const { fence } of given) yield* Deferred.fail(fence, fault("moved", "serves no more"))
+        // In half of the time at most, so that the others have the rest.
+        const together = Math.max(limits.movesAtOnce, Math.ceil((given.length * limits.moveSpacingMs * 2) / deadlineMs))
+        for (const [i, { fence }] of given.entries()) {
+          if (i > 0 && i % together === 0) yield* Effect.sleep(limits.moveSpacingMs)
+          yield* Deferred.fail(fence, fault("moved", "serves no more"))
+        }
         yield* Effect.timeoutOrElse(idle, { duration: deadlineMs, orElse: () => Effect.void })
         return { moved: given.length - serving.size, finished: 0, left: serving.size } satisfies Drained
       })

@@ -1,7 +1,7 @@
 /**
  * The worker actor: owns what may change of a worker while it runs. It takes other roles and bounds, and where it is to decode
- * no more, it gives its generations away, each as soon as another worker has room for it. They go on there with the KV that
- * stays in this pool, which others fetch as long as the worker runs.
+ * no more, it gives its generations away, a few at a time, as soon as another worker has room for them. They go on there with the KV
+ * that stays in this pool, which others fetch as long as the worker runs.
  */
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
@@ -12,7 +12,7 @@ import { subject } from "../messages/subjects.ts"
 import { Configure, Drain, type ConfigureMessage, type Drained, type Setting } from "../messages/worker.ts"
 import type { Members } from "../presence/members.ts"
 import type { Worker } from "../engine/worker.ts"
-import { withRoomElsewhere } from "./room-elsewhere.ts"
+import { withRoomElsewhere, type Need } from "./room-elsewhere.ts"
 
 export interface WorkerActorOptions {
   readonly link: Link
@@ -33,17 +33,28 @@ export const workerActor = (options: WorkerActorOptions): Effect.Effect<void, ne
     const { link, namespace, worker, loaded, members, announced } = options
     const { engine } = worker
     let moved = 0
+    /** What was given away since others last said what room they have. */
+    let lately: ReadonlyArray<Need & { readonly atMs: number }> = []
+    /** By when all is to be given away. */
+    let untilMs = Number.POSITIVE_INFINITY
 
     const giveAway = Effect.sync(() => {
       if (worker.roles.includes("decode")) return
-      for (const { id } of withRoomElsewhere(engine.decoding, members.all, worker)) {
-        engine.cancel(id, { code: "moved", message: "decodes no more" })
-        moved++
-      }
+      const nowMs = performance.now()
+      lately = lately.filter(({ atMs }) => nowMs - atMs < limits.heartbeatIntervalMs)
+      // Those that were given away last have the way of their KV for themselves.
+      if (engine.isSending && lately.some(({ atMs }) => nowMs - atMs < limits.movedKvMs)) return
+      const waiting = engine.decoding
+      const together = Math.max(limits.movesAtOnce, Math.ceil((waiting.length * limits.movedKvMs) / Math.max(1, untilMs - nowMs)))
+      const going = withRoomElsewhere([...lately, ...waiting], members.all, worker).filter((need) => "id" in need).slice(0, together)
+      for (const { id } of going) engine.cancel(id, { code: "moved", message: "decodes no more" })
+      lately = [...lately, ...going.map(({ choices, blocks }) => ({ choices, blocks, atMs: nowMs }))]
+      moved += going.length
     })
-    const change = (roles: ReadonlyArray<Role>) =>
+    const change = (roles: ReadonlyArray<Role>, deadlineMs: number = limits.drainDeadlineMs) =>
       Effect.suspend(() => {
         worker.roles = roles
+        untilMs = performance.now() + deadlineMs / 2
         // Whoever places again what is given away has to know that it is not here.
         return Effect.andThen(announced, giveAway)
       })
@@ -74,7 +85,7 @@ export const workerActor = (options: WorkerActorOptions): Effect.Effect<void, ne
     const drain = (deadlineMs: number) =>
       Effect.gen(function* () {
         const [running, movedBefore] = [engine.requestIds.length, moved]
-        yield* change([])
+        yield* change([], deadlineMs)
         yield* Effect.timeoutOrElse(idle, { duration: deadlineMs, orElse: () => Effect.void })
         const [left, gone] = [engine.requestIds.length, moved - movedBefore]
         return { moved: gone, finished: Math.max(0, running - gone - left), left } satisfies Drained
@@ -82,7 +93,6 @@ export const workerActor = (options: WorkerActorOptions): Effect.Effect<void, ne
 
     const here = (verb: string) => [{ subject: subject(namespace, "worker", worker.id, verb) }]
     yield* actor(link, [onAsk(Configure, here(Configure.verb), configure), onAsk(Drain, here(Drain.verb), ({ deadlineMs }) => drain(deadlineMs), { concurrent: true })])
-    // Room that there was not before.
-    yield* Effect.forkScoped(Effect.forever(Effect.andThen(Effect.sleep(limits.heartbeatIntervalMs), giveAway)))
+    yield* Effect.forkScoped(Effect.forever(Effect.andThen(Effect.sleep(limits.moveSpacingMs), giveAway)))
     yield* Effect.addFinalizer(() => drain(limits.leaveDeadlineMs))
   })

@@ -4,7 +4,7 @@ import { spawned, startRecomposed, topologyText, workerLines, type Recomposed } 
 
 const single = topologyText(workerLines({ w0: "prefill, decode" }))
 const disaggregated = topologyText([spawned, ...workerLines({ p0: "prefill", d0: "decode" })])
-const twoPrefillOneDecode = topologyText([spawned, ...workerLines({ p0: "prefill", p1: "prefill", d0: "decode" })])
+const twoPrefillOneDecode = topologyText([spawned, "request: { replicas: 2 }", ...workerLines({ p0: "prefill", p1: "prefill", d0: "decode" })])
 const onePrefillTwoDecode = topologyText([spawned, ...workerLines({ p0: "prefill", d0: "decode", d1: "decode" })])
 const flipped = topologyText([spawned, ...workerLines({ p0: "decode", d0: "prefill", d1: "prefill" })])
 

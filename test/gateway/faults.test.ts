@@ -135,19 +135,23 @@ describe("a fault that may be retried", () => {
     expect(server.actor.generations).toHaveLength(moves + 1)
   })
 
-  it("waits for a request actor to come back where it has begun, longer than where it has not", async () => {
+  it("waits for a request actor to come back where one has had the request, begun or not, longer than where none has", async () => {
+    const losses = { begun: 1, lost: 2 }
     server.actor.script = (generation) => {
-      generation.prompt()
-      if (generation.message.attempt === 0) {
+      const { attempt, sampling } = generation.message
+      if (attempt === 0 && sampling.seed === losses.begun) {
+        generation.prompt()
         generation.delta(0, "one ", [11])
         return generation.fail("moved", "given back", { hop: "request fake" })
       }
-      if (generation.message.attempt < limits.generateAttempts + 2) return generation.fail("unavailable", "nobody serves it", { hop: "request" })
+      if (attempt === 0) return generation.fail("deadline_exceeded", "no sign of life", { hop: "request" })
+      if (attempt < limits.generateAttempts + 2) return generation.fail("unavailable", "nobody serves it", { hop: "request" })
+      generation.prompt()
       generation.delta(0, "two", [12], "stop")
       generation.done(3, 2)
     }
-    const response = await server.post("/v1/chat/completions", { ...chat, return_token_ids: true })
-    expect(await response.json()).toMatchObject({ choices: [{ token_ids: [11, 12] }] })
+    const answers = Object.values(losses).map(async (seed) => (await server.post("/v1/chat/completions", { ...chat, seed, return_token_ids: true })).json())
+    expect(await Promise.all(answers)).toMatchObject([{ choices: [{ token_ids: [11, 12] }] }, { choices: [{ token_ids: [12] }] }])
   })
 
   it("is not retried for ever, nor where it happened behind the request actor, nor when overloaded", async () => {

@@ -14,7 +14,7 @@ import { natsOfRole, type NatsAddress } from "../../config/topology.ts"
 import { everyGeneration, inboxPrefix, namespaceOf, nodesNamespace, topologyBucket } from "../messages/subjects.ts"
 import { openBuses } from "../node/buses.ts"
 import { ChildRecords } from "../node/child-records.ts"
-import type { OnChange } from "../node/change.ts"
+import { summaryOf, type OnChange } from "../node/change.ts"
 import type { ResolvedModel } from "../node/fetch-model.ts"
 import { Hosting } from "../node/hosting.ts"
 import type { NodeParts } from "../node/node.ts"
@@ -120,6 +120,7 @@ export const agent = (options: AgentOptions): Effect.Effect<RunningAgent, Worker
         gateway: front.url(),
         components: hosting.components.map(({ kind, id, generation }) => ({ kind, id, generation })),
         ...(follower?.state ?? { state: "waiting", revision: 0 }),
+        changes: reconciler.changes.filter(({ steps, error }) => steps.length > 0 || error !== undefined).slice(0, limits.shownChanges).map(summaryOf),
       }),
     })
     follower = yield* Follower.start({ node: name, cluster, gateway: options.front !== undefined, nats, overrides, bucket, bus: buses.control, reconciler, fetchModel, say })

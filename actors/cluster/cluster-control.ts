@@ -4,6 +4,8 @@
 import { basename } from "node:path"
 import { ConfigError } from "../../config/config-error.ts"
 import { parseTopology, type LoadedTopology } from "../../config/load-topology.ts"
+import { limits } from "../../config/limits.ts"
+import type { ChangeSummary } from "../messages/presence.ts"
 import type { Members } from "../presence/members.ts"
 import type { ClusterBucket } from "../runtime/cluster-bucket.ts"
 import type { Assignment, PlacedComponent, Unplaceable } from "./assignment.ts"
@@ -53,6 +55,8 @@ export interface ClusterStatus {
   readonly components: ReadonlyArray<PlacedComponent>
   readonly unplaceable: ReadonlyArray<Unplaceable>
   readonly drainedWorkers: ReadonlyArray<string>
+  /** Of all nodes, newest first. */
+  readonly changes: ReadonlyArray<ChangeSummary & { readonly node: string }>
   /** Whether every node does what is wanted, and none is missing. */
   readonly settled: boolean
 }
@@ -145,6 +149,7 @@ export class ClusterControl {
       components,
       unplaceable: assigned.value?.unplaceable ?? [],
       drainedWorkers: assigned.value?.drained ?? [],
+      changes: this.#nodes.all.flatMap(({ id, machine }) => machine?.changes?.map((change) => ({ node: id, ...change })) ?? []).sort((a, b) => (a.at > b.at ? -1 : 1)).slice(0, limits.shownChanges),
       settled,
     }
   }

@@ -33,6 +33,10 @@ export const StorePresence = Schema.Struct({
 })
 export type StorePresence = typeof StorePresence.Type
 
+/** A change of what runs: when it began, how it stands, and what it is, for people. */
+export const ChangeSummary = Schema.Struct({ at: Schema.String, outcome: Schema.Literals(["changing", "done", "failed", "superseded"]), what: Schema.String })
+export type ChangeSummary = typeof ChangeSummary.Type
+
 /** A machine that runs a part of a cluster's topology: what it says of itself in the namespace of nodes. */
 export const NodePresence = Schema.Struct({
   labels: Schema.Record(Schema.String, Schema.String),
@@ -47,6 +51,8 @@ export const NodePresence = Schema.Struct({
   state: Schema.Literals(["waiting", "changing", "settled", "failed"]),
   /** Why it has failed, or what it is at. */
   detail: Schema.optional(Schema.String),
+  /** The last ones of what it runs, newest first. */
+  changes: Schema.optional(Schema.Array(ChangeSummary)),
 })
 export type NodePresence = typeof NodePresence.Type
 

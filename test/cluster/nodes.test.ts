@@ -1,6 +1,8 @@
 /** A cluster of nodes: real processes over a real nats-server with JetStream. */
 import { join } from "node:path"
+import { isDeepStrictEqual } from "node:util"
 import { afterAll, beforeAll, expect, it } from "vitest"
+import type { WorkerStatus } from "../../gateway/actors-route.ts"
 import { AgentCluster, type StartedAgent } from "../support/start-agent.ts"
 import { natsStartTimeoutMs } from "../support/start-nats.ts"
 import { startNode, streamCompletion, type Answer } from "../support/start-node.ts"
@@ -37,6 +39,13 @@ const underLoad = async (during: () => Promise<void>): Promise<void> => {
 }
 
 const running = (name: string) => cluster.processes().get(name)
+/** As the gateway hears them. */
+const workers = async () => ((await (await fetch(`${url}/actors`)).json()) as { readonly workers: ReadonlyArray<WorkerStatus> }).workers
+/** Waits until a worker has these roles, and decodes something or nothing. */
+const worker = async (name: string, roles: ReadonlyArray<string>, decodes: boolean): Promise<void> => {
+  const holds = (found: WorkerStatus | undefined) => isDeepStrictEqual(found?.roles, roles) && found!.load.sequences > 0 === decodes
+  while (!holds((await workers()).find((one) => one.name === name))) await new Promise((resolve) => setTimeout(resolve, 20))
+}
 const gone = async (pid: number) => {
   for (;;) {
     try {
@@ -82,7 +91,18 @@ it("a worker goes to the node that has its labels; what no node has is reported,
   expect(out).toMatch(/^cluster main: revision \d+ of .*two\.yaml is wanted; settled; a leads$/m)
   expect(out).toMatch(/^node b \(.*gpu=h100,zone=b\): settled\n {2}runs worker w1$/m)
   expect(out).toMatch(/^worker w2 cannot be placed: no node fits: /m)
+  expect(out).toMatch(/^w1 +prefill, decode +prefill, decode +b \d+ +0 of 32 +0 +0 of \d+ \(0 %\) +[0-9a-f]{8}$/m)
+  expect(out).toMatch(/^w2 +does not run +prefill, decode$/m)
+  expect(out).toMatch(/^last changes\n {2}\S+Z {2}b: done, 1 step: start worker w1 \(prefill, decode\) in a process of its own$/m)
   expect(await (await fetch(`${url}/ready`)).json()).toMatchObject({ reason: "what does not serve now: worker w2" })
+})
+
+it("a dry run prints what would move, and changes nothing", { timeout }, async () => {
+  const before = await cluster.control.status()
+  const path = cluster.file("dry.yaml", "workers: [{ name: w0 }, { name: w9, labels: { gpu: h100 } }]")
+  const { code, out, err } = await cluster.run("apply", path, "--dry-run")
+  expect([code, out, err]).toEqual([0, "the plan\n  worker w9: on b\n  worker w1: no more on b\n", ""])
+  expect(await cluster.control.status()).toEqual(before)
 })
 
 it("of two editors of one revision the second is told, and a file of another cluster or with a mistake changes nothing", { timeout }, async () => {
@@ -123,6 +143,27 @@ it("kill -9 of a node's agent under load: what it ran goes on, its successor ado
   process.kill(before!, "SIGKILL")
   await b.said(/worker w1 failed and is restarted/)
   await cluster.until(() => running("b worker w1") !== undefined && running("b worker w1") !== before)
+})
+
+it("a worker is drained under load: its streams go on elsewhere, it keeps its process, and undo gives its roles back", { timeout }, async () => {
+  const pid = running("b worker w1")
+  await underLoad(async () => {
+    const drained = await cluster.run("drain", "w0")
+    expect([drained.code, drained.out]).toEqual([0, "worker w0 has no roles from now on; drain w0 --undo gives them back\n"])
+    await worker("w0", [], false)
+    await worker("w1", ["prefill", "decode"], true) // all of them
+    await cluster.control.drain("w0", true)
+    await cluster.control.drain("w1", false)
+    await worker("w1", [], false)
+    await worker("w0", ["prefill", "decode"], true)
+  })
+  await cluster.until(({ settled }) => settled)
+  expect((await cluster.run("status")).out).toMatch(/^w1 +none +none \(drained\) +b \d+ +0 of 32 /m)
+  expect((await cluster.run("drain", "w0")).err).toMatch(/w0 is the only worker that can prefill: add another to the topology first/)
+  const undone = await cluster.run("drain", "w1", "--undo")
+  expect([undone.code, undone.out]).toEqual([0, "worker w1 is used again\n"])
+  await worker("w1", ["prefill", "decode"], false)
+  expect(running("b worker w1")).toBe(pid)
 })
 
 it("a node is drained under load: what it runs is placed elsewhere, no stream ends early, and it is taken back", { timeout }, async () => {

@@ -134,6 +134,11 @@ export class Gateway {
     })
   }
 
+  /** Those that requests go to, or run in. */
+  get generations(): ReadonlyArray<string> {
+    return [...new Set([...(this.#served === undefined ? [] : [this.#served.id]), ...this.#running.keys()])]
+  }
+
   /** Resolves when no request runs in a generation. */
   untilIdle(generation: string): Effect.Effect<void> {
     return Effect.callback((resume) => {

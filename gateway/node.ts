@@ -21,7 +21,7 @@ export interface NodeCommand extends Omit<AgentOptions, "front" | "say" | "onCha
 const gatewayOf = (cluster: string, changes: () => ReadonlyArray<Change>) => (parts: AgentParts): ReturnType<NonNullable<AgentOptions["front"]>> =>
   Effect.map(
     Gateway.make({ bus: parts.bus, members: () => membersOf(parts), ready: () => readiness(parts), topology: clusterTopology(cluster, parts, changes) }),
-    (gateway): AgentFront => ({ ...frontOf(gateway), url: () => gateway.address?.url }),
+    (gateway): AgentFront => ({ ...frontOf(gateway), generations: () => gateway.generations, url: () => gateway.address?.url }),
   )
 
 /** Whether what requests need serves, on whatever node. */

@@ -31,6 +31,7 @@ import { NatsBucket } from "../runtime/nats-bucket.ts"
 import { Follower } from "./follower.ts"
 import { leadership } from "./leadership.ts"
 import { Lease } from "./lease.ts"
+import { until } from "./until.ts"
 
 export interface AgentOptions {
   /** Of this machine in the cluster; no other has it. */
@@ -51,6 +52,8 @@ export interface AgentFront extends Front {
   readonly close: () => Effect.Effect<void>
   /** Where it answers, once it does. */
   readonly url: () => string | undefined
+  /** Those that it sends requests to, or has some in. */
+  readonly generations: () => ReadonlyArray<string>
 }
 
 export interface AgentParts extends NodeParts {
@@ -67,7 +70,7 @@ export interface RunningAgent {
   readonly adopted: ReadonlyArray<string>
 }
 
-const noFront: AgentFront = { switchTo: () => {}, listen: () => Effect.void, untilIdle: () => Effect.void, close: () => Effect.void, url: () => undefined }
+const noFront: AgentFront = { switchTo: () => {}, listen: () => Effect.void, untilIdle: () => Effect.void, close: () => Effect.void, url: () => undefined, generations: () => [] }
 
 const attempt = <A>(run: () => Promise<A>) => Effect.tryPromise({ try: run, catch: (error) => new WorkerError(error instanceof Error ? error.message : String(error)) })
 
@@ -106,7 +109,7 @@ export const agent = (options: AgentOptions): Effect.Effect<RunningAgent, Worker
     const adopted = yield* hosting.adopt(cluster)
     if (adopted.length > 0) say(`goes on with what an earlier agent has left: ${adopted.join(", ")}`)
     const { fetchModel, onChange, overrides } = options
-    const reconciler = yield* Reconciler.start({ uplink, hosting, generations, front, ...(onChange === undefined ? {} : { onChange }) }, undefined)
+    const reconciler = yield* Reconciler.start({ uplink, hosting, generations, front: { ...front, untilIdle: (generation) => until(() => !isUsed(nodes, generation)) }, ...(onChange === undefined ? {} : { onChange }) }, undefined)
     const cores = availableParallelism()
     yield* announce({
       link: new Link(buses.control, `node ${name}`, epoch),
@@ -118,6 +121,7 @@ export const agent = (options: AgentOptions): Effect.Effect<RunningAgent, Worker
         cores,
         memoryBytes: totalmem(),
         gateway: front.url(),
+        generations: front.generations(),
         components: hosting.components.map(({ kind, id, generation }) => ({ kind, id, generation })),
         ...(follower?.state ?? { state: "waiting", revision: 0 }),
         changes: reconciler.changes.filter(({ steps, error }) => steps.length > 0 || error !== undefined).slice(0, limits.shownChanges).map(summaryOf),
@@ -129,6 +133,9 @@ export const agent = (options: AgentOptions): Effect.Effect<RunningAgent, Worker
     yield* leadership({ node: name, bucket, lease, nodes, fetchModel, heardEpoch, say })
     return { follower, reconciler, adopted }
   })
+
+/** Whether a gateway of any node sends requests to a generation, or has some in it. */
+const isUsed = (nodes: Members, generation: string): boolean => nodes.all.some(({ machine }) => machine?.generations?.includes(generation) === true)
 
 /** Two agents of one name would take each other's components for their own. */
 const refuseTwin = (nodes: Members, name: string): Effect.Effect<void, WorkerError> =>

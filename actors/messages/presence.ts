@@ -44,6 +44,8 @@ export const NodePresence = Schema.Struct({
   memoryBytes: count,
   /** Where its gateway answers, if it has one. */
   gateway: Schema.optional(Schema.String),
+  /** Which its gateway sends requests to, or has some in. */
+  generations: Schema.optional(Schema.Array(Schema.String)),
   /** What it runs. */
   components: Schema.Array(Schema.Struct({ kind: Schema.String, id: Schema.String, generation: Schema.String })),
   /** Of the assignment that it follows, in the bucket; 0: none. */

@@ -50,7 +50,7 @@ export class AgentCluster {
   /** @param at a server that the test has started; absent: one without users */
   static async start(at?: NatsAddress): Promise<AgentCluster> {
     const folder = mkdtempSync(join(tmpdir(), "penstock-nodes-"))
-    await writeTinyModel(join(folder, "tiny.gguf"))
+    await writeTinyModel(join(folder, "tiny.gguf"), { context: 4096 })
     const nats = at === undefined ? await startConfiguredNats([`jetstream: { store_dir: ${JSON.stringify(join(folder, "js"))} }`]) : undefined
     const address: NatsAddress = at ?? { url: nats!.url }
     const { url, tls, ...files } = address

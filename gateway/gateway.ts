@@ -150,6 +150,14 @@ export class Gateway {
     })
   }
 
+  /** Lets no request in any more; returns when the last one has ended. */
+  leave(): Effect.Effect<void> {
+    return Effect.promise(() => {
+      this.#admission.close()
+      return this.#admission.idle(limits.requestDeadlineMs)
+    })
+  }
+
   /** Accepts nothing more, gives open requests `shutdownGraceMs` to end, tells the rest why, and closes their sockets. */
   close(): Effect.Effect<void> {
     return Effect.andThen(Effect.promise(() => this.#shutdown(this.#bounds.shutdownGraceMs)), Effect.suspend(() => Scope.close(this.#handling, Exit.void)))

@@ -28,7 +28,9 @@ import { Members } from "../presence/members.ts"
 import type { ClusterBucket } from "../runtime/cluster-bucket.ts"
 import { Link } from "../runtime/link.ts"
 import { NatsBucket } from "../runtime/nats-bucket.ts"
+import { clusterKeys } from "./cluster-keys.ts"
 import { Follower } from "./follower.ts"
+import { leave } from "./leave.ts"
 import { leadership } from "./leadership.ts"
 import { Lease } from "./lease.ts"
 import { until } from "./until.ts"
@@ -49,6 +51,8 @@ export interface AgentOptions {
 }
 
 export interface AgentFront extends Front {
+  /** Lets no request in any more; returns when the last one has ended. */
+  readonly leave: () => Effect.Effect<void>
   readonly close: () => Effect.Effect<void>
   /** Where it answers, once it does. */
   readonly url: () => string | undefined
@@ -68,9 +72,11 @@ export interface RunningAgent {
   readonly follower: Follower
   readonly reconciler: Reconciler
   readonly adopted: ReadonlyArray<string>
+  /** Gives what runs here to other nodes, where there are any; it is to end afterwards. */
+  readonly leave: Effect.Effect<void>
 }
 
-const noFront: AgentFront = { switchTo: () => {}, listen: () => Effect.void, untilIdle: () => Effect.void, close: () => Effect.void, url: () => undefined, generations: () => [] }
+const noFront: AgentFront = { switchTo: () => {}, listen: () => Effect.void, untilIdle: () => Effect.void, leave: () => Effect.void, close: () => Effect.void, url: () => undefined, generations: () => [] }
 
 const attempt = <A>(run: () => Promise<A>) => Effect.tryPromise({ try: run, catch: (error) => new WorkerError(error instanceof Error ? error.message : String(error)) })
 
@@ -111,7 +117,8 @@ export const agent = (options: AgentOptions): Effect.Effect<RunningAgent, Worker
     const { fetchModel, onChange, overrides } = options
     const reconciler = yield* Reconciler.start({ uplink, hosting, generations, front: { ...front, untilIdle: (generation) => until(() => !isUsed(nodes, generation)) }, ...(onChange === undefined ? {} : { onChange }) }, undefined)
     const cores = availableParallelism()
-    yield* announce({
+    let leaving = false
+    const announced = yield* announce({
       link: new Link(buses.control, `node ${name}`, epoch),
       namespace: nodesNamespace(cluster),
       kind: "node",
@@ -124,6 +131,7 @@ export const agent = (options: AgentOptions): Effect.Effect<RunningAgent, Worker
         generations: front.generations(),
         components: hosting.components.map(({ kind, id, generation }) => ({ kind, id, generation })),
         ...(follower?.state ?? { state: "waiting", revision: 0 }),
+        ...(leaving ? { state: "leaving" as const } : {}),
         changes: reconciler.changes.filter(({ steps, error }) => steps.length > 0 || error !== undefined).slice(0, limits.shownChanges).map(summaryOf),
       }),
     })
@@ -131,7 +139,12 @@ export const agent = (options: AgentOptions): Effect.Effect<RunningAgent, Worker
     const lease = new Lease({ bucket, node: name, epoch, leaseMs: limits.leaderLeaseMs, nowMs: () => performance.now() })
     const heardEpoch = ({ kind, id }: { readonly kind: string; readonly id: string }) => follower?.heard.find((said) => said.kind === kind && said.id === id)?.epoch
     yield* leadership({ node: name, bucket, lease, nodes, fetchModel, heardEpoch, say })
-    return { follower, reconciler, adopted }
+    const drained = attempt(() => clusterKeys.drained.read(bucket)).pipe(
+      Effect.map(({ value }) => new Set(value?.nodes)),
+      Effect.orElseSucceed(() => new Set<string>()),
+    )
+    const left = leave({ node: name, nodes, drained, announced, runsNothing: () => hosting.components.length === 0, closeFront: Effect.suspend(front.leave) })
+    return { follower, reconciler, adopted, leave: Effect.andThen(Effect.sync(() => void (leaving = true)), left) }
   })
 
 /** Whether a gateway of any node sends requests to a generation, or has some in it. */

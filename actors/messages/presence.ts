@@ -50,7 +50,7 @@ export const NodePresence = Schema.Struct({
   components: Schema.Array(Schema.Struct({ kind: Schema.String, id: Schema.String, generation: Schema.String })),
   /** Of the assignment that it follows, in the bucket; 0: none. */
   revision: count,
-  state: Schema.Literals(["waiting", "changing", "settled", "failed"]),
+  state: Schema.Literals(["waiting", "changing", "settled", "failed", "leaving"]),
   /** Why it has failed, or what it is at. */
   detail: Schema.optional(Schema.String),
   /** The last ones of what it runs, newest first. */

@@ -1,3 +1,4 @@
+import { Effect, Fiber } from "effect"
 import { afterEach, beforeEach, describe, expect, it } from "vitest"
 import { unpackTokens } from "../../actors/messages/tokens.ts"
 import { header } from "../../actors/runtime/bus.ts"
@@ -172,6 +173,20 @@ describe("a fault that may be retried", () => {
 })
 
 describe("admission", () => {
+  it("a gateway that leaves lets nobody in, and has left when the last request has ended", async () => {
+    server.actor.script = (generation) => generation.prompt()
+    const open = server.post("/v1/completions", { model: "tiny", prompt: "x" })
+    const begun = await server.actor.nth(0)
+    const leaving = Effect.runFork(server.gateway.leave())
+    expect((await server.post("/v1/completions", { model: "tiny", prompt: "x" })).status).toBe(503)
+    expect((await fetch(`${server.url}/ready`)).status).toBe(503)
+    expect(leaving.pollUnsafe()).toBeUndefined()
+    begun.delta(0, "x", [1], "stop")
+    begun.done()
+    expect((await open).status).toBe(200)
+    await Effect.runPromise(Fiber.join(leaving))
+  })
+
   it("beyond its open requests the gateway answers 429, and admits again when one has ended", async () => {
     server.actor.script = (generation) => generation.prompt()
     const open = [server.post("/v1/chat/completions", { ...chat, stream: true }), server.post("/v1/completions", { model: "tiny", prompt: "x" })]

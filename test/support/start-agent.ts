@@ -136,7 +136,7 @@ export class AgentCluster {
 
   async stop(): Promise<void> {
     const left = this.processes()
-    for (const agent of this.#agents) await agent.end()
+    await Promise.all([...this.#agents].map((agent) => agent.end())) // one that is alone leaves at once
     for (const pid of left.values()) if (spawnSync("kill", ["-0", String(pid)]).status === 0) process.kill(pid, "SIGKILL")
     await this.#stopAll()
     rmSync(this.folder, { recursive: true, force: true })

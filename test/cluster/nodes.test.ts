@@ -211,7 +211,7 @@ it("a node is drained under load: what it runs is placed elsewhere, no stream en
 })
 
 it("another type of KV is another generation on every node: what runs ends on the old one, what comes goes to the new one", { timeout }, async () => {
-  const tokens = 2000 // streams that are not at their end when it changes
+  const tokens = 1200 // streams that are not at their end when it changes
   const [before, after] = [await answersOf("f16", tokens), await answersOf("int8", tokens)]
   expect(after).not.toEqual(before)
   await moveToB() // whose agent has no gateway to ask what still runs

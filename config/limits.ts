@@ -237,8 +237,10 @@ export const limits = {
   topologySettleMs: 150,
   /** … and looked at this often where the file system tells nothing of it. */
   topologyPollMs: 1_000,
-  /** Changes of the topology that are remembered and shown. */
+  /** Changes of the topology that are remembered … */
   topologyChanges: 32,
+  /** … and so many of them in a status. */
+  shownChanges: 8,
   /** Longest wait for a component's process to serve, its model loaded. */
   componentStartDeadlineMs: 120_000,
   /** A signal to the whole process group reaches all of its processes within this time. */

@@ -6,15 +6,16 @@ import { json, type Handler } from "./call.ts"
 
 const rounded = (value: number): number => Math.round(value * 10) / 10
 
-type Present = PresenceMessage & { readonly generation: string }
+export type Present = PresenceMessage & { readonly generation: string }
+export type WorkerStatus = ReturnType<typeof workersOf>[number]
 
-const workersOf = (members: ReadonlyArray<Present>) =>
-  members.flatMap(({ id, node, pid, epoch, worker, generation }) => {
+export const workersOf = (members: ReadonlyArray<Present>) =>
+  members.flatMap(({ id, node, agent, pid, epoch, worker, generation }) => {
     if (worker === undefined) return []
     const { roles, device, load, kv, prefillTokPerS } = worker
     // From this bandwidth on, moving KV is faster than computing it here.
     const breakEvenMbPerS = prefillTokPerS === undefined ? null : rounded((prefillTokPerS * kv.bytesPerToken) / 1e6)
-    return [{ name: id, generation, node, pid, roles, device, epoch, load, kv, prefillTokPerS: prefillTokPerS === undefined ? null : rounded(prefillTokPerS), breakEvenMbPerS }]
+    return [{ name: id, generation, node, agent, pid, roles, device, epoch, load, kv, prefillTokPerS: prefillTokPerS === undefined ? null : rounded(prefillTokPerS), breakEvenMbPerS }]
   })
 
 const actorsOf = (members: ReadonlyArray<Present>) =>

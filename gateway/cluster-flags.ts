@@ -73,8 +73,8 @@ export const onCluster = async (
     const overrides = { host: values.host, port: parsePort(values.port) ?? env.port }
     return runNode({ name: nameOf("--name", values.name), labels: labelsOf(values.labels), cluster, nats, env, overrides, gateway: values.gateway === true, fetchModel })
   }
+  if (command === "status") return (await import("./cluster-status.ts")).showCluster({ cluster, nats, json: values.json === true })
   const commands = await import("./cluster-commands.ts")
-  if (command === "status") return commands.showCluster({ cluster, nats, json: values.json === true })
   if (command === "drain") return commands.drainInCluster({ cluster, nats, name: first!, undo: values.undo === true })
   const { revision } = values
   if (revision !== undefined && !/^\d{1,15}$/.test(revision)) throw new UsageError(`--revision: expected the revision that status shows, found "${revision}"`)

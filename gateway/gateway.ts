@@ -134,6 +134,11 @@ export class Gateway {
     })
   }
 
+  /** Those that requests go to, or run in. */
+  get generations(): ReadonlyArray<string> {
+    return [...new Set([...(this.#served === undefined ? [] : [this.#served.id]), ...this.#running.keys()])]
+  }
+
   /** Resolves when no request runs in a generation. */
   untilIdle(generation: string): Effect.Effect<void> {
     return Effect.callback((resume) => {
@@ -142,6 +147,14 @@ export class Gateway {
       const waiting = this.#idle.get(generation) ?? new Set()
       this.#idle.set(generation, waiting.add(done))
       return Effect.sync(() => void waiting.delete(done))
+    })
+  }
+
+  /** Lets no request in any more; returns when the last one has ended. */
+  leave(): Effect.Effect<void> {
+    return Effect.promise(() => {
+      this.#admission.close()
+      return this.#admission.idle(limits.requestDeadlineMs)
     })
   }
 

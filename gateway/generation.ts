@@ -37,6 +37,7 @@ export class Generation {
   #moves = 0
   #faults = 0 // since the last event
   #failingSinceMs: number | undefined
+  #taken = false // by some request actor
   #prompted = false
   #scores = { delivered: 0, ofAttempt: 0 } // prompt tokens
   #done = false
@@ -102,8 +103,9 @@ export class Generation {
     const nowMs = performance.now()
     this.#failingSinceMs ??= nowMs
     const isMove = isGivenBack(fault) && this.#moves < limits.movesPerRequest
-    // Where nobody serves now what has begun, the only request actor may be on its way back: that costs time, but none of the attempts.
-    const isWait = fault.code === "unavailable" && (this.#prompted || this.#moves > 0) && nowMs - this.#failingSinceMs < limits.recoveryDeadlineMs
+    // Where nobody serves now what a request actor has had, the only one may be on its way back: that costs time, but none of the attempts.
+    if (fault.code !== "unavailable") this.#taken = true
+    const isWait = fault.code === "unavailable" && (this.#taken || this.#prompted) && nowMs - this.#failingSinceMs < limits.recoveryDeadlineMs
     const backOffMs = limits.generateRetryDelayMs * 2 ** this.#faults
     const waitMs = isMove && this.#faults === 0 ? 0 : isMove || isWait ? Math.min(backOffMs, limits.heartbeatIntervalMs) : backOffMs
     const leftMs = this.#deadlineAtMs - nowMs - waitMs

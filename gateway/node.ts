@@ -21,7 +21,7 @@ export interface NodeCommand extends Omit<AgentOptions, "front" | "say" | "onCha
 const gatewayOf = (cluster: string, changes: () => ReadonlyArray<Change>) => (parts: AgentParts): ReturnType<NonNullable<AgentOptions["front"]>> =>
   Effect.map(
     Gateway.make({ bus: parts.bus, members: () => membersOf(parts), ready: () => readiness(parts), topology: clusterTopology(cluster, parts, changes) }),
-    (gateway): AgentFront => ({ ...frontOf(gateway), url: () => gateway.address?.url }),
+    (gateway): AgentFront => ({ ...frontOf(gateway), leave: () => gateway.leave(), generations: () => gateway.generations, url: () => gateway.address?.url }),
   )
 
 /** Whether what requests need serves, on whatever node. */
@@ -36,12 +36,14 @@ const readiness = ({ follower }: AgentParts): { readonly ready: boolean; readonl
 export const runNode = ({ gateway, ...options }: NodeCommand): Promise<number> => {
   const { name, cluster } = options
   const tracing = telemetry({ endpoint: readEnv().otlpEndpoint, cluster, component: { kind: "node", id: name } })
+  let leave: Effect.Effect<void> = Effect.void
   let changes: () => ReadonlyArray<Change> = () => []
   const main = Effect.gen(function* () {
     const running = yield* agent({ ...options, front: gateway ? gatewayOf(cluster, () => changes()) : undefined, onChange: printedChanges(`node ${name}`, true), say })
     changes = () => running.reconciler.changes
+    leave = running.leave
     say(`node ${name} is part of the cluster ${cluster}; stop with Ctrl-C`)
     return yield* Effect.never
   })
-  return untilSignalled(Effect.provide(main, tracing))
+  return untilSignalled(Effect.provide(main, tracing), Effect.suspend(() => leave))
 }

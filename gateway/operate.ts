@@ -6,7 +6,9 @@ import { setTimeout as sleep } from "node:timers/promises"
 import { ConfigError } from "../config/config-error.ts"
 import { limits } from "../config/limits.ts"
 import { table } from "./bench/figures.ts"
-import type { Change } from "../actors/node/change.ts"
+import { summaryOf, type Change } from "../actors/node/change.ts"
+import type { WorkerStatus } from "./actors-route.ts"
+import { changeLines, workerTable } from "./status-lines.ts"
 import type { TopologyState } from "./topology-access.ts"
 
 export interface OperateOptions {
@@ -17,15 +19,7 @@ export interface OperateOptions {
 }
 
 interface ActorsBody {
-  readonly workers: ReadonlyArray<{
-    readonly name: string
-    readonly node: string
-    readonly pid: number
-    readonly generation: string
-    readonly roles: ReadonlyArray<string>
-    readonly load: { readonly sequences: number; readonly waiting: number; readonly maxBatch: number }
-    readonly kv: { readonly blocks: number; readonly freeBlocks: number }
-  }>
+  readonly workers: ReadonlyArray<WorkerStatus>
   readonly actors: ReadonlyArray<{ readonly kind: string; readonly id: string; readonly node: string; readonly pid: number; readonly state: string }>
 }
 
@@ -103,26 +97,17 @@ export const status = async (options: OperateOptions): Promise<number> => {
   return 0
 }
 
-const statusLines = (state: Omit<TopologyState, "text">, { workers, actors }: ActorsBody): ReadonlyArray<string> => {
-  const wanted = new Map(state.topology.workers.map(({ name, roles }) => [name, state.drained.includes(name) ? "none (drained)" : roles.join(", ")]))
-  const rows = workers.map(({ name, roles, node, pid, load, kv }) => {
-    const used = kv.blocks === 0 ? 0 : Math.round((100 * (kv.blocks - kv.freeBlocks)) / kv.blocks)
-    return [name, roles.join(", ") || "none", wanted.get(name) ?? "to leave", `${node} ${pid}`, `${load.sequences} of ${load.maxBatch}`, String(load.waiting), `${used} %`]
-  })
-  const missing = [...wanted].filter(([name]) => !workers.some((worker) => worker.name === name)).map(([name, roles]) => [name, "does not run", roles, "", "", "", ""])
-  return [
-    `${state.state}: revision ${state.revision} of ${state.path}`,
-    ...(state.refused === undefined ? [] : [`the file as it is now is refused: ${state.refused}`]),
-    ...(state.plan.length === 0 ? [] : ["still to do", ...state.plan.map((step) => `  ${step}`)]),
-    "",
-    table([["worker", "roles", "wanted", "process", "decoding", "waiting", "KV used"], ...rows, ...missing]),
-    "",
-    table([["actor", "process", "state"], ...actors.filter(({ kind }) => kind !== "prefill" && kind !== "decode").map(({ kind, id, node, pid, state: is }) => [`${kind} ${id}`, `${node} ${pid}`, is])]),
-    "",
-    "last changes",
-    ...state.changes.slice(0, 5).map(({ at, outcome, steps, error }) => `  ${at}  ${outcome}, ${steps.length} step${steps.length === 1 ? "" : "s"}${error === undefined ? "" : `: ${error}`}`),
-  ]
-}
+const statusLines = (state: Omit<TopologyState, "text">, { workers, actors }: ActorsBody): ReadonlyArray<string> => [
+  `${state.state}: revision ${state.revision} of ${state.path}`,
+  ...(state.refused === undefined ? [] : [`the file as it is now is refused: ${state.refused}`]),
+  ...(state.plan.length === 0 ? [] : ["still to do", ...state.plan.map((step) => `  ${step}`)]),
+  "",
+  workerTable(workers, state.topology, state.drained),
+  "",
+  table([["actor", "process", "state"], ...actors.filter(({ kind }) => kind !== "prefill" && kind !== "decode").map(({ kind, id, node, pid, state: is }) => [`${kind} ${id}`, `${node} ${pid}`, is])]),
+  "",
+  ...changeLines(state.changes.slice(0, limits.shownChanges).map(summaryOf)),
+]
 
 /** Takes a worker's roles, or gives them back, and waits until that is so. */
 export const drain = async (worker: string, options: OperateOptions & { readonly undo: boolean }): Promise<number> => {

@@ -1,29 +1,43 @@
 import { Cause, Deferred, Effect, Exit, Option, type Scope } from "effect"
 import { limits } from "../config/limits.ts"
 
-const signalled: Effect.Effect<string> = Effect.callback((resume) => {
-  const handlers = (["SIGINT", "SIGTERM", "SIGHUP"] as const).map((signal) => {
-    const handler = () => resume(Effect.succeed(signal))
-    process.once(signal, handler)
-    return () => process.removeListener(signal, handler)
-  })
-  return Effect.sync(() => handlers.forEach((remove) => remove()))
-})
+const names = ["SIGINT", "SIGTERM", "SIGHUP"] as const
+
+/** The first signal, and the next. One to the whole process group may come from the group's other processes too, and counts once. */
+const hearSignals = () => {
+  const [first, second] = [Deferred.makeUnsafe<string>(), Deferred.makeUnsafe<string>()]
+  let sinceMs: number | undefined
+  const hear = (signal: string) => {
+    sinceMs ??= performance.now()
+    Deferred.doneUnsafe(performance.now() - sinceMs < limits.groupSignalMs ? first : second, Exit.succeed(signal))
+  }
+  for (const name of names) process.on(name, hear)
+  return { first: Deferred.await(first), second: Deferred.await(second), hearNoMore: () => names.forEach((name) => process.removeListener(name, hear)) }
+}
+
+const say = (line: string): void => void process.stdout.write(`${line}\n`)
 
 /**
  * Runs until SIGINT, SIGTERM or SIGHUP, which may come while it still starts, and resolves to the exit code after an orderly
  * shutdown.
+ * @param leave comes before the shutdown, while everything runs; a second signal cuts it short
  */
-export const untilSignalled = async (main: Effect.Effect<never, Error, Scope.Scope>): Promise<number> => {
-  const stopping = Deferred.makeUnsafe<void>()
+export const untilSignalled = async (main: Effect.Effect<never, Error, Scope.Scope>, leave?: Effect.Effect<void>): Promise<number> => {
+  const { first, second, hearNoMore } = hearSignals()
+  let cutOff: NodeJS.Timeout | undefined
   const stop = Effect.gen(function* () {
-    const signal = yield* signalled
-    process.stdout.write(`${signal}: stopping\n`)
-    yield* Deferred.succeed(stopping, undefined)
+    const signal = yield* first
+    if (leave !== undefined) {
+      say(`${signal}: leaving; a second signal stops it at once`)
+      yield* Effect.raceFirst(leave, Effect.asVoid(second))
+    }
+    say(`${signal}: stopping`)
+    // A shutdown that hangs is cut off: what is left is freed with the process.
+    cutOff = setTimeout(() => process.exit(1), limits.shutdownDeadlineMs).unref()
   })
-  // A shutdown that hangs is cut off: what is left is freed with the process.
-  void Effect.runPromise(Deferred.await(stopping)).then(() => setTimeout(() => process.exit(1), limits.shutdownDeadlineMs).unref())
   const exit = await Effect.runPromiseExit(Effect.scoped(Effect.raceFirst(stop, main)))
+  hearNoMore()
+  clearTimeout(cutOff)
   if (Exit.isSuccess(exit)) return 0
   const failure = Option.getOrUndefined(Cause.findErrorOption(exit.cause))
   process.stderr.write(`${failure === undefined ? Cause.pretty(exit.cause) : failure.message}\n`)

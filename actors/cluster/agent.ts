@@ -14,7 +14,7 @@ import { natsOfRole, type NatsAddress } from "../../config/topology.ts"
 import { everyGeneration, inboxPrefix, namespaceOf, nodesNamespace, topologyBucket } from "../messages/subjects.ts"
 import { openBuses } from "../node/buses.ts"
 import { ChildRecords } from "../node/child-records.ts"
-import type { OnChange } from "../node/change.ts"
+import { summaryOf, type OnChange } from "../node/change.ts"
 import type { ResolvedModel } from "../node/fetch-model.ts"
 import { Hosting } from "../node/hosting.ts"
 import type { NodeParts } from "../node/node.ts"
@@ -28,9 +28,12 @@ import { Members } from "../presence/members.ts"
 import type { ClusterBucket } from "../runtime/cluster-bucket.ts"
 import { Link } from "../runtime/link.ts"
 import { NatsBucket } from "../runtime/nats-bucket.ts"
+import { clusterKeys } from "./cluster-keys.ts"
 import { Follower } from "./follower.ts"
+import { leave } from "./leave.ts"
 import { leadership } from "./leadership.ts"
 import { Lease } from "./lease.ts"
+import { until } from "./until.ts"
 
 export interface AgentOptions {
   /** Of this machine in the cluster; no other has it. */
@@ -48,9 +51,13 @@ export interface AgentOptions {
 }
 
 export interface AgentFront extends Front {
+  /** Lets no request in any more; returns when the last one has ended. */
+  readonly leave: () => Effect.Effect<void>
   readonly close: () => Effect.Effect<void>
   /** Where it answers, once it does. */
   readonly url: () => string | undefined
+  /** Those that it sends requests to, or has some in. */
+  readonly generations: () => ReadonlyArray<string>
 }
 
 export interface AgentParts extends NodeParts {
@@ -65,9 +72,11 @@ export interface RunningAgent {
   readonly follower: Follower
   readonly reconciler: Reconciler
   readonly adopted: ReadonlyArray<string>
+  /** Gives what runs here to other nodes, where there are any; it is to end afterwards. */
+  readonly leave: Effect.Effect<void>
 }
 
-const noFront: AgentFront = { switchTo: () => {}, listen: () => Effect.void, untilIdle: () => Effect.void, close: () => Effect.void, url: () => undefined }
+const noFront: AgentFront = { switchTo: () => {}, listen: () => Effect.void, untilIdle: () => Effect.void, leave: () => Effect.void, close: () => Effect.void, url: () => undefined, generations: () => [] }
 
 const attempt = <A>(run: () => Promise<A>) => Effect.tryPromise({ try: run, catch: (error) => new WorkerError(error instanceof Error ? error.message : String(error)) })
 
@@ -106,9 +115,10 @@ export const agent = (options: AgentOptions): Effect.Effect<RunningAgent, Worker
     const adopted = yield* hosting.adopt(cluster)
     if (adopted.length > 0) say(`goes on with what an earlier agent has left: ${adopted.join(", ")}`)
     const { fetchModel, onChange, overrides } = options
-    const reconciler = yield* Reconciler.start({ uplink, hosting, generations, front, ...(onChange === undefined ? {} : { onChange }) }, undefined)
+    const reconciler = yield* Reconciler.start({ uplink, hosting, generations, front: { ...front, untilIdle: (generation) => until(() => !isUsed(nodes, generation)) }, ...(onChange === undefined ? {} : { onChange }) }, undefined)
     const cores = availableParallelism()
-    yield* announce({
+    let leaving = false
+    const announced = yield* announce({
       link: new Link(buses.control, `node ${name}`, epoch),
       namespace: nodesNamespace(cluster),
       kind: "node",
@@ -118,16 +128,27 @@ export const agent = (options: AgentOptions): Effect.Effect<RunningAgent, Worker
         cores,
         memoryBytes: totalmem(),
         gateway: front.url(),
+        generations: front.generations(),
         components: hosting.components.map(({ kind, id, generation }) => ({ kind, id, generation })),
         ...(follower?.state ?? { state: "waiting", revision: 0 }),
+        ...(leaving ? { state: "leaving" as const } : {}),
+        changes: reconciler.changes.filter(({ steps, error }) => steps.length > 0 || error !== undefined).slice(0, limits.shownChanges).map(summaryOf),
       }),
     })
     follower = yield* Follower.start({ node: name, cluster, gateway: options.front !== undefined, nats, overrides, bucket, bus: buses.control, reconciler, fetchModel, say })
     const lease = new Lease({ bucket, node: name, epoch, leaseMs: limits.leaderLeaseMs, nowMs: () => performance.now() })
     const heardEpoch = ({ kind, id }: { readonly kind: string; readonly id: string }) => follower?.heard.find((said) => said.kind === kind && said.id === id)?.epoch
     yield* leadership({ node: name, bucket, lease, nodes, fetchModel, heardEpoch, say })
-    return { follower, reconciler, adopted }
+    const drained = attempt(() => clusterKeys.drained.read(bucket)).pipe(
+      Effect.map(({ value }) => new Set(value?.nodes)),
+      Effect.orElseSucceed(() => new Set<string>()),
+    )
+    const left = leave({ node: name, nodes, drained, announced, runsNothing: () => hosting.components.length === 0, closeFront: Effect.suspend(front.leave) })
+    return { follower, reconciler, adopted, leave: Effect.andThen(Effect.sync(() => void (leaving = true)), left) }
   })
+
+/** Whether a gateway of any node sends requests to a generation, or has some in it. */
+const isUsed = (nodes: Members, generation: string): boolean => nodes.all.some(({ machine }) => machine?.generations?.includes(generation) === true)
 
 /** Two agents of one name would take each other's components for their own. */
 const refuseTwin = (nodes: Members, name: string): Effect.Effect<void, WorkerError> =>

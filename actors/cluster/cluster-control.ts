@@ -4,12 +4,14 @@
 import { basename } from "node:path"
 import { ConfigError } from "../../config/config-error.ts"
 import { parseTopology, type LoadedTopology } from "../../config/load-topology.ts"
+import { limits } from "../../config/limits.ts"
+import type { ChangeSummary } from "../messages/presence.ts"
 import type { Members } from "../presence/members.ts"
 import type { ClusterBucket } from "../runtime/cluster-bucket.ts"
 import type { Assignment, PlacedComponent, Unplaceable } from "./assignment.ts"
 import { clusterKeys } from "./cluster-keys.ts"
 import { changesOf, offersOf } from "./leadership.ts"
-import { place } from "./place.ts"
+import { place, staying } from "./place.ts"
 
 /** Somebody else has written meanwhile. `current` is what is wanted now. */
 export class WantedConflict extends Error {
@@ -53,6 +55,8 @@ export interface ClusterStatus {
   readonly components: ReadonlyArray<PlacedComponent>
   readonly unplaceable: ReadonlyArray<Unplaceable>
   readonly drainedWorkers: ReadonlyArray<string>
+  /** Of all nodes, newest first. */
+  readonly changes: ReadonlyArray<ChangeSummary & { readonly node: string }>
   /** Whether every node does what is wanted, and none is missing. */
   readonly settled: boolean
 }
@@ -115,7 +119,7 @@ export class ClusterControl {
       const isNode = offers.some((node) => node.name === name) || nodes.includes(name)
       const worker = there.find((one) => one.name === name)
       if (!isNode && worker === undefined) throw new DrainError(`there is no node and no worker ${name}: ${[...offers, ...there].map((one) => one.name).join(", ") || "nothing"} is there`)
-      if (!undo && isNode && !offers.some((node) => node.name !== name && !nodes.includes(node.name))) throw new DrainError(`${name} is the only node that can run anything: start another first`)
+      if (!undo && isNode && staying(offers, new Set([...nodes, name])).length === 0) throw new DrainError(`${name} is the only node that can run anything: start another first`)
       const others = there.filter((one) => one.name !== name && !workers.includes(one.name))
       const lone = undo || isNode ? undefined : worker!.roles.find((role) => !others.some(({ roles }) => roles.includes(role)))
       if (lone !== undefined) throw new DrainError(`${name} is the only worker that can ${lone}: add another to the topology first`)
@@ -145,6 +149,7 @@ export class ClusterControl {
       components,
       unplaceable: assigned.value?.unplaceable ?? [],
       drainedWorkers: assigned.value?.drained ?? [],
+      changes: this.#nodes.all.flatMap(({ id, machine }) => machine?.changes?.map((change) => ({ node: id, ...change })) ?? []).sort((a, b) => (a.at > b.at ? -1 : 1)).slice(0, limits.shownChanges),
       settled,
     }
   }

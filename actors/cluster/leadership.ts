@@ -31,7 +31,7 @@ export interface LeadershipOptions {
 
 /** Nodes that live, as they say themselves. */
 export const offersOf = (nodes: Members): ReadonlyArray<NodeOffer> =>
-  nodes.all.flatMap(({ kind, id, machine }) => (kind === "node" && machine !== undefined ? [{ name: id, labels: machine.labels, cores: Math.max(1, machine.cores) }] : []))
+  nodes.all.flatMap(({ kind, id, machine }) => (kind === "node" && machine !== undefined ? [{ name: id, labels: machine.labels, cores: Math.max(1, machine.cores), leaving: machine.state === "leaving" }] : []))
 
 /** Leads when it can, until the Scope closes; then it leaves it to others at once. */
 export const leadership = (options: LeadershipOptions): Effect.Effect<void, never, Scope.Scope> =>

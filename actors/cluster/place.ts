@@ -11,6 +11,8 @@ export interface NodeOffer {
   readonly name: string
   readonly labels: Readonly<Record<string, string>>
   readonly cores: number
+  /** It is about to end. */
+  readonly leaving?: boolean
 }
 
 export interface PlaceOptions {
@@ -37,7 +39,9 @@ const epochStep = 1_000
 /** Every component of the topology once, in the order of starting; or why it is nowhere. */
 export const place = ({ topology, nodes: alive, drained, previous, nowMs, heardEpoch = () => undefined }: PlaceOptions): Placed => {
   const nodes = [...alive].sort((a, b) => (a.name < b.name ? -1 : 1))
-  const offers = nodes.filter(({ name }) => !drained.has(name))
+  const stay = staying(nodes, drained)
+  // Where all leave, everything has its place again when they are back.
+  const offers = stay.length > 0 ? stay : nodes.filter(({ name }) => !drained.has(name))
   const wanted = componentsOf(topology).flat()
   const keyOf = ({ kind, id }: Component) => `${kind} ${id}`
   const before = new Map(previous.map((placed) => [keyOf(placed), placed]))
@@ -73,6 +77,9 @@ export const place = ({ topology, nodes: alive, drained, previous, nowMs, heardE
   }
 }
 
+/** Those of the nodes that go on running something. */
+export const staying = (nodes: ReadonlyArray<NodeOffer>, drained: ReadonlySet<string>): ReadonlyArray<NodeOffer> => nodes.filter(({ name, leaving }) => leaving !== true && !drained.has(name))
+
 const compare = (a: ReadonlyArray<number>, b: ReadonlyArray<number>): number => a.reduce((order, value, i) => order || value - b[i]!, 0)
 
 /** Labels that it does not have, as text. */
@@ -81,6 +88,6 @@ const lacking = ({ labels }: NodeOffer, wanted: Readonly<Record<string, string>>
 
 const reason = (nodes: ReadonlyArray<NodeOffer>, drained: ReadonlySet<string>, labels: Readonly<Record<string, string>>): string => {
   if (nodes.length === 0) return "no node lives: start one with the command node"
-  const each = nodes.map((node) => `${node.name} ${drained.has(node.name) ? "is drained" : `lacks ${lacking(node, labels).join(", ")}`}`)
+  const each = nodes.map((node) => `${node.name} ${drained.has(node.name) ? "is drained" : node.leaving === true ? "leaves" : `lacks ${lacking(node, labels).join(", ")}`}`)
   return `no node fits: ${each.join("; ")}`
 }

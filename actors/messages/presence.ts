@@ -33,6 +33,10 @@ export const StorePresence = Schema.Struct({
 })
 export type StorePresence = typeof StorePresence.Type
 
+/** A change of what runs: when it began, how it stands, and what it is, for people. */
+export const ChangeSummary = Schema.Struct({ at: Schema.String, outcome: Schema.Literals(["changing", "done", "failed", "superseded"]), what: Schema.String })
+export type ChangeSummary = typeof ChangeSummary.Type
+
 /** A machine that runs a part of a cluster's topology: what it says of itself in the namespace of nodes. */
 export const NodePresence = Schema.Struct({
   labels: Schema.Record(Schema.String, Schema.String),
@@ -40,13 +44,17 @@ export const NodePresence = Schema.Struct({
   memoryBytes: count,
   /** Where its gateway answers, if it has one. */
   gateway: Schema.optional(Schema.String),
+  /** Which its gateway sends requests to, or has some in. */
+  generations: Schema.optional(Schema.Array(Schema.String)),
   /** What it runs. */
   components: Schema.Array(Schema.Struct({ kind: Schema.String, id: Schema.String, generation: Schema.String })),
   /** Of the assignment that it follows, in the bucket; 0: none. */
   revision: count,
-  state: Schema.Literals(["waiting", "changing", "settled", "failed"]),
+  state: Schema.Literals(["waiting", "changing", "settled", "failed", "leaving"]),
   /** Why it has failed, or what it is at. */
   detail: Schema.optional(Schema.String),
+  /** The last ones of what it runs, newest first. */
+  changes: Schema.optional(Schema.Array(ChangeSummary)),
 })
 export type NodePresence = typeof NodePresence.Type
 

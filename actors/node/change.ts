@@ -3,6 +3,7 @@
  */
 import { Effect, Exit } from "effect"
 import { reasonOf } from "./hosting.ts"
+import type { ChangeSummary } from "../messages/presence.ts"
 import { describe, type Step } from "./plan.ts"
 
 export interface ReportedStep {
@@ -17,7 +18,7 @@ export interface Change {
   readonly at: string
   readonly revision: string | undefined
   readonly steps: ReadonlyArray<ReportedStep>
-  outcome: "changing" | "done" | "failed" | "superseded"
+  outcome: ChangeSummary["outcome"]
   error?: string
 }
 
@@ -30,6 +31,16 @@ export const changeOf = (steps: ReadonlyArray<Step>, revision: string | undefine
   steps: steps.map((step) => ({ step: describe(step), state: "waiting" })),
   outcome: "changing",
 })
+
+/** Steps of a change that its summary names. */
+const namedSteps = 3
+
+/** In one line, for people: its first steps, or why it failed. */
+export const summaryOf = ({ at, steps, outcome, error }: Change): ChangeSummary => {
+  const named = steps.slice(0, namedSteps).map(({ step }) => step).join("; ")
+  const why = error ?? (steps.length > namedSteps ? `${named}; …` : named)
+  return { at, outcome, what: `${steps.length} step${steps.length === 1 ? "" : "s"}${why === "" ? "" : `: ${why}`}` }
+}
 
 /** Does a step's work, and writes down and tells how it goes; never fails. */
 export const reported = (change: Change, step: ReportedStep, work: Effect.Effect<"done" | "given up", unknown>, onChange: OnChange | undefined): Effect.Effect<"done" | "given up" | "failed"> =>

@@ -33,6 +33,16 @@ it("what was placed stays where it is while that node lives and matches", () => 
   expect(nodeOf(second, "w2")).toBe("n2")
 })
 
+it("what runs on a node that leaves moves as if that were drained; where all leave, everything stays", () => {
+  const topology = topologyOf({ name: "w0" }, { name: "w1" }, { name: "w2", labels: { zone: "a" } })
+  const [n0, n1] = [node("n0", { zone: "a" }), node("n1")]
+  const first = placed(topology, [n0, n1])
+  const one = placed(topology, [{ ...n0, leaving: true }, n1], first.components)
+  expect(new Set(one.components.map((component) => component.node))).toEqual(new Set(["n1"]))
+  expect(one.unplaceable).toEqual([{ kind: "worker", id: "w2", why: "no node fits: n0 leaves; n1 lacks zone=a" }])
+  expect(placed(topology, [{ ...n0, leaving: true }, { ...n1, leaving: true }], first.components)).toEqual(first)
+})
+
 it("a lost or drained node's components move under later epochs, the others stay", () => {
   const topology = topologyOf({ name: "w0" }, { name: "w1" })
   const first = placed(topology, [node("n0"), node("n1")])

@@ -60,9 +60,9 @@ describe("a topology that is changed over HTTP", () => {
   it("status shows the wanted beside what runs", async () => {
     const { stdout } = await penstock("status", "--url", up.url)
     expect(stdout).toMatch(/^settled: revision [0-9a-f]{16} of .*tiny\.yaml\n/)
-    expect(stdout).toMatch(/^w1 +prefill, decode +prefill, decode +\S+ \d+ +0 of 32 +0 +0 %$/m)
+    expect(stdout).toMatch(/^w1 +prefill, decode +prefill, decode +\S+ \d+ +0 of 32 +0 +0 of \d+ \(0 %\) +[0-9a-f]{8}$/m)
     expect(stdout).toMatch(/^scheduler s0 .*serving$/m)
-    expect(stdout).toMatch(/last changes\n {2}\S+ {2}done, \d+ steps?\n/)
+    expect(stdout).toMatch(/last changes\n {2}\S+ {2}done, 0 steps\n {2}\S+ {2}done, 1 step: start worker w1 \(prefill, decode\)\n/)
     const { stdout: json } = await penstock("status", "--json", "--url", up.url)
     expect(json.trim().split("\n")).toHaveLength(1)
     expect(JSON.parse(json)).toMatchObject({ state: "settled", workers: [{ name: "w0" }, { name: "w1" }] })

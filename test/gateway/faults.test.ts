@@ -1,3 +1,4 @@
+import { Effect, Fiber } from "effect"
 import { afterEach, beforeEach, describe, expect, it } from "vitest"
 import { unpackTokens } from "../../actors/messages/tokens.ts"
 import { header } from "../../actors/runtime/bus.ts"
@@ -135,19 +136,23 @@ describe("a fault that may be retried", () => {
     expect(server.actor.generations).toHaveLength(moves + 1)
   })
 
-  it("waits for a request actor to come back where it has begun, longer than where it has not", async () => {
+  it("waits for a request actor to come back where one has had the request, begun or not, longer than where none has", async () => {
+    const losses = { begun: 1, lost: 2 }
     server.actor.script = (generation) => {
-      generation.prompt()
-      if (generation.message.attempt === 0) {
+      const { attempt, sampling } = generation.message
+      if (attempt === 0 && sampling.seed === losses.begun) {
+        generation.prompt()
         generation.delta(0, "one ", [11])
         return generation.fail("moved", "given back", { hop: "request fake" })
       }
-      if (generation.message.attempt < limits.generateAttempts + 2) return generation.fail("unavailable", "nobody serves it", { hop: "request" })
+      if (attempt === 0) return generation.fail("deadline_exceeded", "no sign of life", { hop: "request" })
+      if (attempt < limits.generateAttempts + 2) return generation.fail("unavailable", "nobody serves it", { hop: "request" })
+      generation.prompt()
       generation.delta(0, "two", [12], "stop")
       generation.done(3, 2)
     }
-    const response = await server.post("/v1/chat/completions", { ...chat, return_token_ids: true })
-    expect(await response.json()).toMatchObject({ choices: [{ token_ids: [11, 12] }] })
+    const answers = Object.values(losses).map(async (seed) => (await server.post("/v1/chat/completions", { ...chat, seed, return_token_ids: true })).json())
+    expect(await Promise.all(answers)).toMatchObject([{ choices: [{ token_ids: [11, 12] }] }, { choices: [{ token_ids: [12] }] }])
   })
 
   it("is not retried for ever, nor where it happened behind the request actor, nor when overloaded", async () => {
@@ -168,6 +173,20 @@ describe("a fault that may be retried", () => {
 })
 
 describe("admission", () => {
+  it("a gateway that leaves lets nobody in, and has left when the last request has ended", async () => {
+    server.actor.script = (generation) => generation.prompt()
+    const open = server.post("/v1/completions", { model: "tiny", prompt: "x" })
+    const begun = await server.actor.nth(0)
+    const leaving = Effect.runFork(server.gateway.leave())
+    expect((await server.post("/v1/completions", { model: "tiny", prompt: "x" })).status).toBe(503)
+    expect((await fetch(`${server.url}/ready`)).status).toBe(503)
+    expect(leaving.pollUnsafe()).toBeUndefined()
+    begun.delta(0, "x", [1], "stop")
+    begun.done()
+    expect((await open).status).toBe(200)
+    await Effect.runPromise(Fiber.join(leaving))
+  })
+
   it("beyond its open requests the gateway answers 429, and admits again when one has ended", async () => {
     server.actor.script = (generation) => generation.prompt()
     const open = [server.post("/v1/chat/completions", { ...chat, stream: true }), server.post("/v1/completions", { model: "tiny", prompt: "x" })]

@@ -50,7 +50,7 @@ export class AgentCluster {
   /** @param at a server that the test has started; absent: one without users */
   static async start(at?: NatsAddress): Promise<AgentCluster> {
     const folder = mkdtempSync(join(tmpdir(), "penstock-nodes-"))
-    await writeTinyModel(join(folder, "tiny.gguf"))
+    await writeTinyModel(join(folder, "tiny.gguf"), { context: 4096 })
     const nats = at === undefined ? await startConfiguredNats([`jetstream: { store_dir: ${JSON.stringify(join(folder, "js"))} }`]) : undefined
     const address: NatsAddress = at ?? { url: nats!.url }
     const { url, tls, ...files } = address
@@ -136,7 +136,7 @@ export class AgentCluster {
 
   async stop(): Promise<void> {
     const left = this.processes()
-    for (const agent of this.#agents) await agent.end()
+    await Promise.all([...this.#agents].map((agent) => agent.end())) // one that is alone leaves at once
     for (const pid of left.values()) if (spawnSync("kill", ["-0", String(pid)]).status === 0) process.kill(pid, "SIGKILL")
     await this.#stopAll()
     rmSync(this.folder, { recursive: true, force: true })

@@ -2,7 +2,7 @@
 import type { Topology } from "../config/topology.ts"
 import type { ChangeSummary } from "../actors/messages/presence.ts"
 import type { WorkerStatus } from "./actors-route.ts"
-import { table } from "./bench/figures.ts"
+import { table } from "./table.ts"
 
 /** Every worker as it is and as it is wanted, those too that do not run. */
 export const workerTable = (workers: ReadonlyArray<WorkerStatus>, topology: Topology | undefined, drained: ReadonlyArray<string>): string => {

@@ -6,9 +6,8 @@ import { EventEmitter } from "node:events"
 import { createConnection, type Socket } from "node:net"
 import { createInterface } from "node:readline"
 import { limits } from "../../config/limits.ts"
-import type { Hello } from "./child-control.ts"
 import type { ChildRecord } from "./child-records.ts"
-import type { ChildReport, SupervisedChild } from "./component-process.ts"
+import type { ChildReport, Hello, SupervisedChild } from "./supervised-child.ts"
 
 interface Events {
   readonly message: [ChildReport]

@@ -4,19 +4,7 @@
  */
 import { createServer, type Server, type Socket } from "node:net"
 import { limits } from "../../config/limits.ts"
-import type { Component } from "./component.ts"
-import type { ChildReport } from "./component-process.ts"
-
-/** What a process says first to whoever connects. */
-export interface Hello {
-  readonly type: "hello"
-  readonly pid: number
-  readonly component: Component
-  readonly epoch: number
-  /** Whether it serves already. */
-  readonly ready: boolean
-  readonly blocks: number | undefined
-}
+import type { ChildReport, Hello } from "./supervised-child.ts"
 
 export class ChildControl {
   readonly #server: Server

@@ -14,7 +14,7 @@ import { connectBuses } from "../runtime/nats-bus.ts"
 import { telemetry } from "../runtime/telemetry.ts"
 import { ChildControl } from "./child-control.ts"
 import { runComponent } from "./component.ts"
-import type { ChildOrder, ChildReport } from "./component-process.ts"
+import type { ChildOrder, ChildReport } from "./supervised-child.ts"
 
 /** Where another supervisor may take over. */
 let control: ChildControl | undefined

@@ -6,38 +6,9 @@ import { fileURLToPath } from "node:url"
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
 import { programArguments } from "../../config/programs.mjs"
-import type { NatsAddress, Topology } from "../../config/topology.ts"
 import type { AdoptedChild } from "./adopted-child.ts"
-import type { Component } from "./component.ts"
-import type { ResolvedModel } from "./fetch-model.ts"
+import type { ChildOrder, ChildReport, SupervisedChild } from "./supervised-child.ts"
 import { WorkerError } from "./worker.ts"
-
-/** What a child is told to run, once. */
-export interface ChildOrder {
-  readonly component: Component
-  readonly topology: Topology
-  readonly model: ResolvedModel
-  readonly namespace: string
-  readonly nats: NatsAddress
-  /** The least that it runs under. */
-  readonly epoch?: number
-  /** The node of a cluster that it is part of. */
-  readonly agent?: string | undefined
-  /** The socket on which it waits for another supervisor when this one is gone; absent: it ends with its supervisor. */
-  readonly control?: string | undefined
-}
-
-/** What a supervisor needs of a process: one of its own, or one that it has adopted. */
-export interface SupervisedChild {
-  readonly pid?: number | undefined
-  readonly exitCode: number | null
-  readonly signalCode: NodeJS.Signals | null
-  kill(signal: NodeJS.Signals): boolean
-  on(event: "message", listener: (report: ChildReport) => void): unknown
-  once(event: "error", listener: (error: Error) => void): unknown
-  once(event: "exit", listener: (code: number | null, signal: NodeJS.Signals | null) => void): unknown
-  removeListener(event: "message", listener: (report: ChildReport) => void): unknown
-}
 
 export interface ProcessOptions {
   /** Told how many blocks its pool has, where it is a worker, before it serves. */
@@ -47,9 +18,6 @@ export interface ProcessOptions {
   /** One that runs already, in place of a new one. */
   readonly adopted?: AdoptedChild | undefined
 }
-
-/** A worker's `blocks`: how many its pool was made with. */
-export type ChildReport = { readonly type: "ready"; readonly blocks: number | undefined } | { readonly type: "alive" } | { readonly type: "failed"; readonly message: string }
 
 const program = fileURLToPath(new URL("./child.ts", import.meta.url))
 

@@ -1,7 +1,7 @@
 /** `bench kv`: what it costs to compute a prompt in one process and to decode it in another. */
 import { Effect } from "effect"
 import type { ResolvedModel } from "../../actors/node/fetch-model.ts"
-import { table } from "./figures.ts"
+import { table } from "../table.ts"
 import { throughput, type Throughput } from "./kv-throughput.ts"
 import { firstTokens, type FirstToken } from "./first-token.ts"
 import { TimeBudget } from "./time-budget.ts"

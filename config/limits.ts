@@ -195,6 +195,8 @@ export const limits = {
   storeHotUses: 8,
   /** Longest wait for an answer of the KV store; after it, a miss. */
   storeDeadlineMs: 2_000,
+  /** … and the least, where what it may have could be computed sooner. */
+  storeAnswerMs: 100,
   /**
    * Bytes of one chunk of a KV transfer at most, its header included; on a bus with a smaller limit chunks are cut to that. One
    * layer of one block is the least, and where that does not fit the bus, a worker that moves KV does not start.
@@ -294,6 +296,7 @@ const relations: ReadonlyArray<readonly [holds: boolean, relation: string]> = [
   [limits.movedKvMs * 2 < limits.leaveDeadlineMs, "movedKvMs * 2 < leaveDeadlineMs"],
   [limits.moveSpacingMs < limits.movedKvMs, "moveSpacingMs < movedKvMs"],
   [limits.storePeerDeadlineMs * 2 < limits.storeDeadlineMs, "storePeerDeadlineMs * 2 < storeDeadlineMs"],
+  [limits.storeAnswerMs < limits.storeDeadlineMs, "storeAnswerMs < storeDeadlineMs"],
   [limits.streamWindowFrames <= limits.streamBacklogFrames, "streamWindowFrames <= streamBacklogFrames"],
   [limits.placementDeadlineMs <= limits.requestDeadlineMs, "placementDeadlineMs <= requestDeadlineMs"],
   [limits.stepTokens <= limits.prefillQueueTokens, "stepTokens <= prefillQueueTokens"],

@@ -17,6 +17,7 @@ import { anyId, subject } from "../messages/subjects.ts"
 import type { MissingKv } from "../engine/missing-kv.ts"
 import type { Worker } from "../engine/worker.ts"
 import { kvSink } from "../transfer/pool.ts"
+import { prefillMs } from "../cost/prefill-cost.ts"
 import { TransferReceiver } from "../transfer/transfer-receiver.ts"
 import { planPrefix, type PrefixOffer } from "./prefix-plan.ts"
 
@@ -53,6 +54,12 @@ export const fetchPrefix = ({ link, buses, namespace, worker, missing, holder }:
     const deadlineAtMs = performance.now() + limits.storeDeadlineMs
     const leftMs = () => Math.max(1, deadlineAtMs - performance.now())
     const blockBytes = kv.layers * kv.layerBlockBytes
+    /** No store is waited for longer than what it may have takes to compute. */
+    const answerMs = () => {
+      if (costs.prefill === undefined) return limits.storeDeadlineMs
+      const computeMs = prefillMs(costs.prefill, { newTokens: hashes.length * kv.blockTokens, prefixTokens: from * kv.blockTokens }, limits.stepTokens)
+      return Math.min(limits.storeDeadlineMs, Math.max(limits.storeAnswerMs, computeMs))
+    }
 
     const fetchRun = ({ to, hop, first, hashes }: Run) =>
       Effect.gen(function* () {
@@ -90,7 +97,7 @@ export const fetchPrefix = ({ link, buses, namespace, worker, missing, holder }:
         )
       })
 
-    const stored = link.ask(Have, subject(namespace, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(hashes), toFetch: true }, { hop: "kv-store", deadlineMs: limits.storeDeadlineMs }).pipe(
+    const stored = link.ask(Have, subject(namespace, "kv-store", anyId, Have.verb), { formatId, hashes: packHashes(hashes), toFetch: true }, { hop: "kv-store", deadlineMs: answerMs() }).pipe(
       Effect.map(({ present, at, onDisk }): ReadonlyArray<Offer> => {
         const runs = runsOf(namespace, hashes.slice(0, leadingOf(present)), at)
         const blocks = runs.reduce((sum, run) => sum + run.hashes.length, 0)

@@ -36,7 +36,7 @@ export interface StartedPair {
   stop(): Promise<void>
 }
 
-const copiesFromNobody = (_: object): _ is Kernels => false
+const copiesFromNobody = (_from: object): _from is Kernels => false
 
 export const startPair = async (options: PairOptions): Promise<StartedPair> => {
   const folder = mkdtempSync(join(tmpdir(), "penstock-pair-"))

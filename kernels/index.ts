@@ -175,6 +175,7 @@ interface NativeEngine {
   step(batch: Batch, onLayer?: (layer: number) => void): Promise<StepResult>
   exportLayers(blocks: Int32Array, firstLayer: number, layers: number, into: Uint8Array, offset: number, seed: number): number
   importLayers(blocks: Int32Array, firstLayer: number, layers: number, from: Uint8Array, offset: number, seed: number, crc: number): boolean
+  copyLayers(from: NativeEngine, fromBlocks: Int32Array, firstLayer: number, layers: number, blocks: Int32Array): void
   copyBlock(from: number, to: number): void
   close(): Promise<void>
 }
@@ -308,6 +309,21 @@ export class Engine {
    */
   importLayers(blocks: Int32Array, firstLayer: number, layers: number, from: Uint8Array, offset: number, seed: number, crc: number): boolean {
     return this.#native.importLayers(blocks, firstLayer, layers, from, offset, seed, crc)
+  }
+
+  /** Whether `copyLayers` takes KV from there: another engine on CPUs, or another on GPUs, whose blocks hold the same. */
+  canCopy(from: object): from is Engine {
+    if (!(#native in from) || from.#native.constructor !== this.#native.constructor) return false
+    return (["layers", "kvHeads", "headDim", "blockTokens", "kvDtype"] as const).every((key) => from.info[key] === this.info[key])
+  }
+
+  /**
+   * Copies layers of another engine's blocks into these of this one, pool to pool: within a device, from GPU to GPU, or in the
+   * host's memory. It is there when this returns. As with `exportLayers` and `importLayers`, `from` may be in a step, and no
+   * step that uses `blocks` may be in flight.
+   */
+  copyLayers(from: Engine, fromBlocks: Int32Array, firstLayer: number, layers: number, blocks: Int32Array): void {
+    this.#native.copyLayers(from.#native, fromBlocks, firstLayer, layers, blocks)
   }
 
   /** Copies a block out in the wire layout (see `kvDtypes`), `info.blockBytes` long. */

@@ -102,7 +102,7 @@ export const decodeActor = (options: DecodeActorOptions): Effect.Effect<void, ne
       ...buses,
       namespace,
       transferId: id,
-      sink: poolSink(worker, id),
+      sink: poolSink(worker.kv, engine.reserved(id)),
       firstBlock,
       blocks: engine.neededBlocks(id) - firstBlock,
       creditBytes: limits.kvWindowBytes,

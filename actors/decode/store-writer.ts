@@ -4,7 +4,6 @@
  */
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
-import { crc32c } from "../../kernels/index.ts"
 import { attributes, spans } from "../../config/telemetry.ts"
 import type { Buses } from "../runtime/bus.ts"
 import { Fault } from "../runtime/fault.ts"
@@ -14,6 +13,7 @@ import { packHashes, type BlockHash } from "../messages/hashes.ts"
 import { Have, Put } from "../messages/kv-store.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 import type { Worker } from "../engine/worker.ts"
+import { poolSource } from "../transfer/pool.ts"
 import { TransferSender } from "../transfer/transfer-sender.ts"
 
 const pollMs = 20
@@ -75,7 +75,7 @@ export class StoreWriter {
         const places = held.hashes.flatMap((_, i) => (wanted[i] === true ? [i] : []))
         yield* Effect.annotateCurrentSpan(attributes.movedBlocks, places.length)
         if (places.length === 0) return
-        const source = { ...kv, crc32c, write: held.writeOf(places) }
+        const source = poolSource(kv, held.at(places))
         const sender = yield* Effect.acquireRelease(
           Effect.sync(() => new TransferSender({ ...buses, namespace, transferId, source, creditBytes, hop: "kv-store" })),
           (opened) => Effect.sync(() => opened.fail(new Fault({ code: "cancelled", message: `${link.sender}: is leaving`, hop: link.sender }))),

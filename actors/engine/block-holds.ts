@@ -1,23 +1,22 @@
 /** Blocks that are kept in the pool for whoever sends them elsewhere. */
-import type { Engine as Kernels } from "../../kernels/index.ts"
 import type { BlockHash } from "../messages/hashes.ts"
-import type { ChunkRange } from "../messages/kv-chunk.ts"
 import type { BlockManager } from "./block-manager.ts"
+import { PoolBlocks, type PoolKernels } from "./pool-blocks.ts"
 
 export interface HeldBlocks {
   readonly hashes: ReadonlyArray<BlockHash>
-  /** Writes chunks of these of the blocks, place 0 being the first of them, and returns the CRC-32C continued from `seed`. */
-  writeOf(places: ReadonlyArray<number>): (range: ChunkRange, into: Uint8Array, offset: number, seed: number) => number
+  /** These of the blocks, the first of them at `firstBlock` of a transfer. */
+  at(places: ReadonlyArray<number>, firstBlock?: number): PoolBlocks
   release(): void
 }
 
 export class BlockHolds {
   readonly #blocks: BlockManager
-  readonly #kernels: Pick<Kernels, "exportLayers">
+  readonly #kernels: PoolKernels
   readonly #onRelease: () => void
   readonly #held = new Set<ReadonlyArray<number>>()
 
-  constructor(blocks: BlockManager, kernels: Pick<Kernels, "exportLayers">, onRelease: () => void) {
+  constructor(blocks: BlockManager, kernels: PoolKernels, onRelease: () => void) {
     this.#blocks = blocks
     this.#kernels = kernels
     this.#onRelease = onRelease
@@ -38,10 +37,11 @@ export class BlockHolds {
     this.#held.add(table)
     return {
       hashes: found.map(({ hash }) => hash),
-      writeOf: (places) => (range, into, offset, seed) => {
-        const blocks = places.slice(range.firstBlock, range.firstBlock + range.blocks).map((place) => table[place]!)
-        return this.#kernels.exportLayers(Int32Array.from(blocks), range.firstLayer, range.layers, into, offset, seed)
-      },
+      at: (places, firstBlock = 0) =>
+        new PoolBlocks(this.#kernels, (range) => {
+          const from = range.firstBlock - firstBlock
+          return Int32Array.from(places.slice(from, from + range.blocks), (place) => table[place]!)
+        }),
       release: () => {
         if (!this.#held.delete(table)) return
         this.#blocks.release(table)

@@ -19,6 +19,7 @@ import { checkGeneration } from "./check-generation.ts"
 import type { Budget } from "./composer.ts"
 import { Generations, type EngineCounters } from "./generations.ts"
 import { returningKv, type MissingKv, type ReturningKv } from "./missing-kv.ts"
+import { PoolBlocks } from "./pool-blocks.ts"
 import type { DecodeSink, GenerationSpec, PrefillSink, Sequence } from "./sequence.ts"
 import { SequenceQueue } from "./sequence-queue.ts"
 import { StepLoop } from "./step-loop.ts"
@@ -42,7 +43,7 @@ export interface EngineOptions {
 export type CancelReason = Pick<Fault, "code" | "message">
 
 /** What the engine needs of kernels' Engine. */
-export type StepKernels = Pick<Kernels, "info" | "createSampler" | "freeSampler" | "step" | "exportLayers" | "importLayers" | "copyBlock">
+export type StepKernels = Pick<Kernels, "info" | "createSampler" | "freeSampler" | "step" | "exportLayers" | "importLayers" | "canCopy" | "copyLayers" | "copyBlock">
 
 export class Engine {
   readonly blocks: BlockManager
@@ -166,7 +167,7 @@ export class Engine {
       tokens: group?.sequences[nth]?.length ?? 0,
       from,
       hashes,
-      importLayers: (range, payload, seed, crc) => this.importLayers(id, range, payload, seed, crc, nth),
+      blocks: this.reserved(id, nth),
       accept: (blocks) => this.acceptPrefix(id, from, blocks, nth),
     }
   }
@@ -214,16 +215,17 @@ export class Engine {
     return Math.ceil((this.#generations.get(id)?.sequences[0]?.length ?? 0) / this.blockTokens)
   }
 
-  /** Writes KV of a generation as a chunk's payload and returns its CRC-32C, continued from `seed`. Throws when it is gone. */
-  exportLayers(id: string, range: ChunkRange, into: Uint8Array, offset: number, seed: number): number {
-    return this.#kernels.exportLayers(this.#blocksOf(id, range), range.firstLayer, range.layers, into, offset, seed)
+  /** Blocks of a generation, to be read as they are computed, as long as it is there. */
+  computed(id: string): PoolBlocks {
+    return new PoolBlocks(this.#kernels, (range) => this.#blocksOf(id, range))
   }
 
-  /** Takes KV of a reservation that has not begun; false where the CRC does not match. Throws when it is gone. */
-  importLayers(id: string, range: ChunkRange, payload: Uint8Array, seed: number, crc: number, nth = 0): boolean {
-    const group = this.#generations.get(id)
-    if (group?.waitsForKv !== true) throw this.#gone(id)
-    return this.#kernels.importLayers(this.#blocksOf(id, range, nth), range.firstLayer, range.layers, payload, 0, seed, crc)
+  /** Blocks of a reservation, or of its n-th choice, to take KV until it begins or is gone. */
+  reserved(id: string, nth = 0): PoolBlocks {
+    return new PoolBlocks(this.#kernels, (range) => {
+      if (this.#generations.get(id)?.waitsForKv !== true) throw this.#gone(id)
+      return this.#blocksOf(id, range, nth)
+    })
   }
 
   /**

@@ -1,9 +1,8 @@
 /** KV that a sequence lacks and that could come from elsewhere, before it is computed. */
-import type { Engine as Kernels } from "../../kernels/index.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { BlockHash } from "../messages/hashes.ts"
-import type { ChunkRange } from "../messages/kv-chunk.ts"
 import type { BlockManager } from "./block-manager.ts"
+import { PoolBlocks, type PoolKernels } from "./pool-blocks.ts"
 import type { Sequence } from "./sequence.ts"
 
 export interface MissingKv {
@@ -15,8 +14,8 @@ export interface MissingKv {
   readonly from: number
   /** Of that block and all full ones after it, but for that of the last token, which is always computed. */
   readonly hashes: ReadonlyArray<BlockHash>
-  /** Takes KV of these places in the table; false where the CRC does not match. Throws when it is not wanted any more. */
-  importLayers(range: ChunkRange, payload: Uint8Array, seed: number, crc: number): boolean
+  /** Where KV of these places in the table goes, as long as it is wanted. */
+  readonly blocks: PoolBlocks
   /** Takes so many of the blocks, the first ones, for computed. False when they are not wanted any more. */
   accept(blocks: number): boolean
 }
@@ -28,7 +27,7 @@ export interface ReturningKv extends MissingKv {
 
 export interface ReturningOptions {
   readonly name: string
-  readonly kernels: Pick<Kernels, "importLayers">
+  readonly kernels: PoolKernels
   readonly blocks: BlockManager
   readonly blockTokens: number
   readonly notify: () => void
@@ -48,11 +47,10 @@ export const returningKv = (sequence: Sequence, { name, kernels, blocks, blockTo
     tokens: sequence.length,
     from,
     hashes,
-    importLayers: (range, payload, seed, crc) => {
+    blocks: new PoolBlocks(kernels, ({ firstBlock, blocks }) => {
       if (!isWanted()) throw new Fault({ code: "unavailable", message: `${name}: a sequence of ${spec.id} has given its blocks away`, hop: name })
-      const table = Int32Array.from(sequence.table.slice(range.firstBlock, range.firstBlock + range.blocks))
-      return kernels.importLayers(table, range.firstLayer, range.layers, payload, 0, seed, crc)
-    },
+      return Int32Array.from(sequence.table.slice(firstBlock, firstBlock + blocks))
+    }),
     accept: (count) => {
       if (!isWanted()) return false
       sequence.computed += count * blockTokens

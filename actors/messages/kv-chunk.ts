@@ -13,7 +13,8 @@
  *         36      2  blocks                   38  2  tokens in a block
  *         40      4  bytes of payload
  *         44      4  CRC-32C of the payload, continued from that of the header with this field zero
- *         48     16  zero
+ *         48      4  0; or no payload follows, and it is in blocks that a sender of this number has left with the receiver
+ *         52     12  zero
  *         64         payload [layer][block][K|V][kv head] of what kernels/index.ts says of the dtype
  */
 import { kvDtypes, type KvDtype } from "../../kernels/index.ts"
@@ -38,6 +39,8 @@ export interface KvChunkHeader extends ChunkRange {
   readonly dtype: KvDtype
   readonly blockTokens: number
   readonly payloadBytes: number
+  /** Of a sender in the receiver's process, whose blocks hold the payload; 0 where the chunk does. */
+  readonly sender: number
 }
 
 /** Writes everything but the CRC, whose field stays zero until `sealChunk`. `into` holds header and payload. */
@@ -55,6 +58,7 @@ export const writeChunkHeader = (into: Uint8Array, header: KvChunkHeader): void 
   view.setUint16(36, header.blocks, true)
   view.setUint16(38, header.blockTokens, true)
   view.setUint32(40, header.payloadBytes, true)
+  view.setUint32(48, header.sender, true)
 }
 
 /** Completes a chunk: `crc` was continued from the header's own. */
@@ -70,7 +74,9 @@ export const readChunkHeader = (chunk: Uint8Array): { readonly header: KvChunkHe
   const dtype = kvDtypes[chunk[6]!]
   if (dtype === undefined) throw wrong(`dtype ${chunk[6]} is not known`)
   const payloadBytes = view.getUint32(40, true)
-  if (payloadBytes !== chunk.byteLength - kvChunkHeaderBytes) throw wrong(`${chunk.byteLength - kvChunkHeaderBytes} bytes of payload, the header says ${payloadBytes}`)
+  const sender = view.getUint32(48, true)
+  const follow = sender === 0 ? payloadBytes : 0
+  if (follow !== chunk.byteLength - kvChunkHeaderBytes) throw wrong(`${chunk.byteLength - kvChunkHeaderBytes} bytes of payload, the header says ${follow}`)
   const header: KvChunkHeader = {
     transferId: Buffer.from(chunk.buffer, chunk.byteOffset + 8, 16).toString("hex"),
     sequence: view.getUint32(24, true),
@@ -81,6 +87,7 @@ export const readChunkHeader = (chunk: Uint8Array): { readonly header: KvChunkHe
     blocks: view.getUint16(36, true),
     blockTokens: view.getUint16(38, true),
     payloadBytes,
+    sender,
   }
   return { header, crc: view.getUint32(crcOffset, true) }
 }

@@ -16,8 +16,8 @@ import type { Holder } from "../messages/scheduler.ts"
 import { anyId, subject } from "../messages/subjects.ts"
 import type { MissingKv } from "../engine/missing-kv.ts"
 import type { Worker } from "../engine/worker.ts"
-import { kvSink } from "../transfer/pool.ts"
 import { prefillMs } from "../cost/prefill-cost.ts"
+import { poolSink } from "../transfer/pool.ts"
 import { TransferReceiver } from "../transfer/transfer-receiver.ts"
 import { planPrefix, type PrefixOffer } from "./prefix-plan.ts"
 
@@ -65,7 +65,7 @@ export const fetchPrefix = ({ link, buses, namespace, worker, missing, holder }:
       Effect.gen(function* () {
         const transferId = randomUUID().replaceAll("-", "")
         const firstBlock = from + first
-        const sink = kvSink(kv, (...taken) => missing.importLayers(...taken))
+        const sink = poolSink(kv, missing.blocks)
         const receiver = yield* Effect.acquireRelease(
           Effect.sync(() => new TransferReceiver({ ...buses, namespace, transferId, sink, firstBlock, blocks: hashes.length, creditBytes: limits.kvWindowBytes, hop })),
           (opened) => Effect.sync(() => opened.fail(new Fault({ code: "cancelled", message: `${link.sender}: the prefix is not wanted any more`, hop: link.sender }))),

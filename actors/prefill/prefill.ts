@@ -151,7 +151,7 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
   const transferred = (transfer: Transfer, work: (sender: TransferSender) => Effect.Effect<void, Fault>): Effect.Effect<void, Fault> =>
     Effect.gen(function* () {
       const sender = yield* Effect.acquireRelease(
-        Effect.sync(() => new TransferSender({ ...buses, namespace, transferId: transfer.id, source: poolSource(worker, transfer.id), creditBytes: transfer.creditBytes, hop: `decode ${transfer.worker}` })),
+        Effect.sync(() => new TransferSender({ ...buses, namespace, transferId: transfer.id, source: poolSource(worker.kv, engine.computed(transfer.id)), creditBytes: transfer.creditBytes, hop: `decode ${transfer.worker}` })),
         (opened) => Effect.sync(() => opened.fail(fault("cancelled", "the prefill is over"))),
       )
       yield* work(sender)

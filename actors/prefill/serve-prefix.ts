@@ -5,7 +5,6 @@
 import { Effect, type Scope } from "effect"
 import { limits } from "../../config/limits.ts"
 import { attributes, spans } from "../../config/telemetry.ts"
-import { crc32c } from "../../kernels/index.ts"
 import type { Buses } from "../runtime/bus.ts"
 import { Fault } from "../runtime/fault.ts"
 import type { Link } from "../runtime/link.ts"
@@ -14,6 +13,7 @@ import { unpackHashes } from "../messages/hashes.ts"
 import { Get, type GetMessage } from "../messages/kv-store.ts"
 import { subject } from "../messages/subjects.ts"
 import type { KvLayout, Worker } from "../engine/worker.ts"
+import { poolSource } from "../transfer/pool.ts"
 import { TransferSender } from "../transfer/transfer-sender.ts"
 
 export interface ServePrefixOptions {
@@ -41,8 +41,7 @@ export const servePrefix = ({ link, buses, namespace, worker }: ServePrefixOptio
         held.release()
         return 0
       }
-      const write = held.writeOf(wanted.map((_, place) => place))
-      const source = { ...worker.kv, crc32c, write: (...[range, ...rest]: Parameters<typeof write>) => write({ ...range, firstBlock: range.firstBlock - firstBlock }, ...rest) }
+      const source = poolSource(worker.kv, held.at([...wanted.keys()], firstBlock))
       const sender = new TransferSender({ ...buses, namespace, transferId, source, creditBytes, hop: "prefill" })
       open.add(sender)
       // The other side may never say a word.

@@ -1,19 +1,12 @@
-/** KV in a worker's pool, as the ends of a transfer: bytes go straight between pool and message. */
+/** KV in a worker's pool, as the ends of a transfer: it goes straight between pool and message, or from pool to pool. */
 import { crc32c } from "../../kernels/index.ts"
-import type { KvLayout, Worker } from "../engine/worker.ts"
+import type { PoolBlocks } from "../engine/pool-blocks.ts"
+import type { KvLayout } from "../engine/worker.ts"
 import type { ChunkSink } from "./transfer-receiver.ts"
 import type { ChunkSource } from "./transfer-sender.ts"
 
-/** A generation's blocks, as they are computed. */
-export const poolSource = ({ engine, kv }: Pick<Worker, "engine" | "kv">, id: string): ChunkSource => ({
-  ...kv,
-  crc32c,
-  write: (range, into, offset, seed) => engine.exportLayers(id, range, into, offset, seed),
-})
+/** Blocks whose KV is there, or will be when it is sent. */
+export const poolSource = (kv: KvLayout, blocks: PoolBlocks): ChunkSource => ({ ...kv, crc32c, blocks, write: (...chunk) => blocks.write(...chunk) })
 
 /** Blocks that wait for their KV. */
-export const kvSink = (kv: KvLayout, take: ChunkSink["take"]): ChunkSink => ({ ...kv, crc32c, take })
-
-/** A reservation's blocks. */
-export const poolSink = ({ engine, kv }: Pick<Worker, "engine" | "kv">, id: string): ChunkSink =>
-  kvSink(kv, (range, payload, seed, crc) => engine.importLayers(id, range, payload, seed, crc))
+export const poolSink = (kv: KvLayout, blocks: PoolBlocks): ChunkSink => ({ ...kv, crc32c, blocks, take: (...chunk) => blocks.take(...chunk) })

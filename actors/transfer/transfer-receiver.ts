@@ -1,16 +1,18 @@
 /**
  * The receiving side of a KV transfer, which opens it: chunks are checked and written once each, in whatever order and
- * number they come. Nothing counts as received before its CRC has been found right, and nothing is complete before every
- * layer of every block is.
+ * number they come. Nothing counts as received before its CRC has been found right and it is there, and nothing is complete
+ * before every layer of every block is.
  */
 import { limits } from "../../config/limits.ts"
 import type { KvDtype } from "../../kernels/index.ts"
 import type { Bus, Subscription } from "../runtime/bus.ts"
 import { header, protocolVersion } from "../runtime/bus.ts"
 import { Fault } from "../runtime/fault.ts"
-import { headerForCrc, kvChunkHeaderBytes, readChunkHeader, type ChunkRange } from "../messages/kv-chunk.ts"
+import { headerForCrc, kvChunkHeaderBytes, readChunkHeader, type ChunkRange, type KvChunkHeader } from "../messages/kv-chunk.ts"
 import { KvProgress, KvStatus, type KvProgressMessage } from "../messages/kv-transfer.ts"
 import { transferSubject } from "../messages/subjects.ts"
+import type { PoolBlocks } from "../engine/pool-blocks.ts"
+import { LocalReceiver } from "./local-receiver.ts"
 import { Settlement } from "./settlement.ts"
 
 /** Where the bytes go. */
@@ -22,6 +24,8 @@ export interface ChunkSink {
   crc32c(bytes: Uint8Array, seed: number): number
   /** Writes a payload in place; false where its CRC-32C, continued from `seed`, is not `crc`. Throws where its place is gone. */
   take(range: ChunkRange, payload: Uint8Array, seed: number, crc: number): boolean
+  /** Where that is a pool: senders of this process may have it copied from theirs. */
+  readonly blocks?: PoolBlocks
 }
 
 export interface ReceiverOptions {
@@ -56,6 +60,7 @@ export class TransferReceiver {
   readonly done: Promise<ReceivedTransfer>
   readonly #options: ReceiverOptions
   readonly #cells: Uint8Array // [layers, blocks] 1: written and checked
+  readonly #local: LocalReceiver | undefined
   readonly #taken = new Set<number>() // sequence numbers
   readonly #askedAtMs = new Map<number, number>() // when a missing chunk was last asked for
   #newest = -1 // largest sequence number taken
@@ -82,13 +87,15 @@ export class TransferReceiver {
     this.#missingCells = options.sink.layers * options.blocks
     this.#cells = new Uint8Array(this.#missingCells)
     const { control, bulk, namespace, transferId } = options
+    const chunks = transferSubject(namespace, transferId, "chunk")
     const lost = () => this.fail(this.#fault("disconnected", "the connection was lost"))
     this.#subscriptions = [
-      bulk.subscribe(transferSubject(namespace, transferId, "chunk"), ({ data }) => this.#chunk(data)),
+      bulk.subscribe(chunks, ({ data }) => this.#chunk(data)),
       control.subscribe(transferSubject(namespace, transferId, "progress"), ({ data }) => this.#progress(data)),
       control.onDisconnect(lost),
       bulk.onDisconnect(lost),
     ]
+    this.#local = options.sink.blocks && new LocalReceiver(chunks, options.sink.blocks)
     this.#timer = setInterval(() => this.#watch(), limits.kvProgressIntervalMs)
     this.#timer.unref()
   }
@@ -104,6 +111,7 @@ export class TransferReceiver {
   /** Takes nothing more, and answers nothing. */
   close(): void {
     this.#over = true
+    this.#local?.close()
     clearInterval(this.#timer)
     for (const subscription of this.#subscriptions) subscription.unsubscribe()
   }
@@ -146,7 +154,7 @@ export class TransferReceiver {
       return
     }
     try {
-      if (!sink.take(found, chunk.subarray(kvChunkHeaderBytes), sink.crc32c(headerForCrc(chunk), 0), crc)) {
+      if (!this.#take(found, chunk, crc)) {
         this.#corrupted++
         return
       }
@@ -157,10 +165,18 @@ export class TransferReceiver {
     this.#taken.add(found.sequence)
     this.#newest = Math.max(this.#newest, found.sequence)
     this.#quietSeen = -1
-    this.#bytes += chunk.byteLength
+    this.#bytes += kvChunkHeaderBytes + found.payloadBytes
     while (this.#taken.has(this.#gapless)) this.#gapless++
     if (this.#missingCells === 0 && this.#first !== undefined) return this.#finish()
     if (this.#bytes - this.#toldBytes >= this.#options.creditBytes / 4) this.#tell(undefined)
+  }
+
+  /** False where it is not what was sent, or nobody has it any more. */
+  #take(found: KvChunkHeader, chunk: Uint8Array, crc: number): boolean {
+    const { sink } = this.#options
+    const seed = sink.crc32c(headerForCrc(chunk), 0)
+    if (found.sender === 0) return sink.take(found, chunk.subarray(kvChunkHeaderBytes), seed, crc)
+    return seed === crc && this.#local?.copy(found, found.sender) === true
   }
 
   #progress(data: Uint8Array): void {

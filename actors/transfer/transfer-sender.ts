@@ -1,7 +1,7 @@
 /**
  * The sending side of a KV transfer. Chunks are described when their KV exists and written when there is credit; nothing is
  * kept but their description, since the blocks stay where they are until the receiver has everything. What is lost is named
- * by the receiver and written again.
+ * by the receiver and written again. To a pool of the same process only descriptions go.
  */
 import { limits } from "../../config/limits.ts"
 import type { KvDtype } from "../../kernels/index.ts"
@@ -11,8 +11,10 @@ import { Fault } from "../runtime/fault.ts"
 import { headerForCrc, kvChunkHeaderBytes, sealChunk, writeChunkHeader, type ChunkRange } from "../messages/kv-chunk.ts"
 import { KvProgress, KvStatus, type KvStatusMessage } from "../messages/kv-transfer.ts"
 import { transferSubject } from "../messages/subjects.ts"
+import type { PoolBlocks } from "../engine/pool-blocks.ts"
 import { giveChunkBuffer, takeChunkBuffer } from "./chunk-buffers.ts"
 import { chunkBytesOn } from "./chunk-limit.ts"
+import { LocalReceiver, type LocalSender } from "./local-receiver.ts"
 import { Settlement } from "./settlement.ts"
 
 /** Where the bytes come from. */
@@ -24,6 +26,8 @@ export interface ChunkSource {
   crc32c(bytes: Uint8Array, seed: number): number
   /** Writes a chunk's payload at `offset` and returns its CRC-32C, continued from `seed`. Throws where the KV is gone. */
   write(range: ChunkRange, into: Uint8Array, offset: number, seed: number): number
+  /** Where that is a pool: a receiver of this process may copy from it. */
+  readonly blocks?: PoolBlocks
 }
 
 export interface SenderOptions {
@@ -56,6 +60,7 @@ export class TransferSender {
   /** Settles when the receiver has everything, or the transfer has failed. */
   readonly done: Promise<SentTransfer>
   readonly #options: SenderOptions
+  readonly #local: LocalSender | undefined // where the receiver is in this process, and copies: nothing is written
   readonly #chunks: Array<ChunkRange> = []
   readonly #subscriptions: Array<Subscription>
   readonly #timer: NodeJS.Timeout
@@ -79,13 +84,14 @@ export class TransferSender {
   constructor(options: SenderOptions) {
     this.#options = options
     this.done = this.#outcome.promise
-    const { control, bulk, namespace, transferId } = options
+    const { control, bulk, namespace, transferId, source } = options
     const lost = () => this.fail(this.#fault("disconnected", "the connection was lost"))
     this.#subscriptions = [
       control.subscribe(transferSubject(namespace, transferId, "status"), ({ data }) => this.#receive(data)),
       control.onDisconnect(lost),
       bulk.onDisconnect(lost),
     ]
+    this.#local = source.blocks && LocalReceiver.join(transferSubject(namespace, transferId, "chunk"), source.blocks)
     this.#timer = setInterval(() => this.#watch(), limits.kvProgressIntervalMs)
     this.#timer.unref()
   }
@@ -167,11 +173,14 @@ export class TransferSender {
     const { bulk, namespace, transferId, source, hop } = this.#options
     const range = this.#chunks[sequence]!
     try {
-      const chunk = takeChunkBuffer(this.#bytesOf(sequence))
-      writeChunkHeader(chunk, { ...range, transferId, sequence, dtype: source.dtype, blockTokens: source.blockTokens, payloadBytes: chunk.byteLength - kvChunkHeaderBytes })
-      sealChunk(chunk, source.write(range, chunk, kvChunkHeaderBytes, source.crc32c(headerForCrc(chunk), 0)))
+      const bytes = this.#bytesOf(sequence)
+      const sender = this.#local?.number ?? 0
+      const chunk = takeChunkBuffer(sender === 0 ? bytes : kvChunkHeaderBytes)
+      writeChunkHeader(chunk, { ...range, transferId, sequence, dtype: source.dtype, blockTokens: source.blockTokens, payloadBytes: bytes - kvChunkHeaderBytes, sender })
+      const crc = source.crc32c(headerForCrc(chunk), 0)
+      sealChunk(chunk, sender === 0 ? source.write(range, chunk, kvChunkHeaderBytes, crc) : crc)
       bulk.publish(transferSubject(namespace, transferId, "chunk"), chunk)
-      if (sequence === this.#sent) this.#onTheirWay.push({ end: this.#sentBytes + chunk.byteLength, chunk })
+      if (sequence === this.#sent) this.#onTheirWay.push({ end: this.#sentBytes + bytes, chunk })
       return true
     } catch (error) {
       const fault = Fault.from(error, hop)
@@ -246,6 +255,7 @@ export class TransferSender {
 
   #close(): void {
     this.#over = true
+    this.#local?.leave()
     clearInterval(this.#timer)
     clearImmediate(this.#nextTurn)
     for (const subscription of this.#subscriptions) subscription.unsubscribe()

@@ -32,8 +32,8 @@ export type KvOrder =
 export type Pool = { readonly engine: Engine; readonly kv: KvLayout }
 
 /** An engine whose reservation holds `transferBlocks` blocks of bytes that do not compress. */
-export const openPool = async (path: string): Promise<Pool> => {
-  const kernels = await Kernels.load({ path, blocks: transferBlocks + 1, blockTokens, threads: availableParallelism(), maxRows: 1, maxOutputs: 1, maxContext: (transferBlocks + 1) * blockTokens })
+export const openPool = async (path: string, device = "cpu"): Promise<Pool> => {
+  const kernels = await Kernels.load({ path, device, blocks: transferBlocks + 1, blockTokens, threads: availableParallelism(), maxRows: 1, maxOutputs: 1, maxContext: (transferBlocks + 1) * blockTokens })
   const engine = new Engine(kernels, { name: "bench", maxBatch: 1 })
   const prompt = Int32Array.from({ length: transferBlocks * blockTokens }, (_, i) => i % kernels.info.vocabulary)
   await new Promise<void>((resolve, reject) => {
@@ -41,6 +41,7 @@ export const openPool = async (path: string): Promise<Pool> => {
     engine.reserve(spec, { reserved: () => resolve(), token: () => {}, ended: () => {}, failed: reject, writable: () => true })
   })
   const { layers, layerBlockBytes } = kernels.info
+  const blocks = engine.reserved(reservation)
   const bytes = new Uint8Array(transferBlocks * layerBlockBytes)
   for (let layer = 0; layer < layers; layer++) {
     for (let i = 0, word = layer + 1; i < bytes.length; i += 4) {
@@ -48,7 +49,7 @@ export const openPool = async (path: string): Promise<Pool> => {
       bytes[i] = word >>> 24
       bytes[i + 2] = word >>> 16
     }
-    engine.importLayers(reservation, { firstLayer: layer, layers: 1, firstBlock: 0, blocks: transferBlocks }, bytes, 0, crc32c(bytes, 0))
+    blocks.take({ firstLayer: layer, layers: 1, firstBlock: 0, blocks: transferBlocks }, bytes, 0, crc32c(bytes, 0))
   }
   return { engine, kv: { layers, dtype: "f16", blockTokens, layerBlockBytes } }
 }
@@ -100,7 +101,7 @@ export const servingPeer = () => {
     const { transferId } = order
     if (order.type === "receive") {
       if (pool === undefined) throw new Error("this process has no pool")
-      const receiver = new TransferReceiver({ ...buses, namespace, transferId, sink: poolSink(pool, reservation), firstBlock: 0, blocks: transferBlocks, creditBytes: limits.kvWindowBytes, hop: "bench" })
+      const receiver = new TransferReceiver({ ...buses, namespace, transferId, sink: poolSink(pool.kv, pool.engine.reserved(reservation)), firstBlock: 0, blocks: transferBlocks, creditBytes: limits.kvWindowBytes, hop: "bench" })
       receiver.done.catch(() => {}) // the sender hears it
     } else {
       let left = order.bytes

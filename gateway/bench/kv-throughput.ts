@@ -33,7 +33,7 @@ const transfer = async (pool: Pool, buses: Buses, receiver: Process): Promise<nu
   const transferId = randomBytes(16).toString("hex")
   await receiver.ask({ type: "receive", transferId })
   const startedAtMs = performance.now()
-  const sender = new TransferSender({ ...buses, namespace, transferId, source: poolSource(pool, poolId), creditBytes: limits.kvWindowBytes, hop: "bench" })
+  const sender = new TransferSender({ ...buses, namespace, transferId, source: poolSource(pool.kv, pool.engine.computed(poolId)), creditBytes: limits.kvWindowBytes, hop: "bench" })
   for (let firstBlock = 0; firstBlock < transferBlocks; firstBlock += chunkBlocks) {
     for (let firstLayer = 0; firstLayer < pool.kv.layers; firstLayer++) sender.send({ firstLayer, layers: 1, firstBlock, blocks: chunkBlocks })
   }

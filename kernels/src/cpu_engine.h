@@ -25,7 +25,9 @@ class CpuEngine : public Engine {
   uint32_t import_layers(const KvRange& range, const uint8_t* from, uint32_t seed) override {
     return kv_->import_layers(range, from, seed);
   }
-  void copy_block(int from, int to) override { kv_->copy_block(from, to); }
+  void copy_layers(Engine& from, const KvRange& range, const int32_t* to) override {
+    kv_->copy_layers(*dynamic_cast<CpuEngine&>(from).kv_, range, to);
+  }
   StepResult run(LayerProgress* progress) override;
 
  private:

@@ -51,6 +51,18 @@ void Engine::adopt(const ModelShape& shape) {
   }
 }
 
+bool Engine::blocks_hold_the_same(const Engine& other) const {
+  const ModelShape& theirs = other.shape_;
+  return shape_.layers == theirs.layers && shape_.kv_heads == theirs.kv_heads && shape_.head_dim == theirs.head_dim &&
+         options_.block_tokens == other.options_.block_tokens && options_.kv_dtype == other.options_.kv_dtype;
+}
+
+void Engine::copy_block(int from, int to) {
+  const int32_t source = from;
+  const int32_t goal = to;
+  if (from != to) copy_layers(*this, {&source, 1, 0, shape_.layers}, &goal);
+}
+
 int32_t Engine::create_sampler(SamplerOptions options, const std::vector<int32_t>& prompt, const std::vector<int32_t>& output) {
   auto sampler = std::make_shared<Sampler>(std::move(options), shape().vocabulary, prompt.data(), prompt.size(), output.data(),
                                            output.size());

@@ -81,7 +81,11 @@ class Engine {
   // of what it writes the layers that its progress has reported; nothing that it uses may be imported or copied to.
   virtual uint32_t export_layers(const KvRange& range, uint8_t* into, uint32_t seed) = 0;
   virtual uint32_t import_layers(const KvRange& range, const uint8_t* from, uint32_t seed) = 0;
-  virtual void copy_block(int from, int to) = 0;
+  // From an engine of the same addon whose blocks hold the same, which may be this one: `range` is of its blocks, and they go to
+  // `to`, [range.count] of this one's. Both may run meanwhile, as for an export and an import.
+  virtual void copy_layers(Engine& from, const KvRange& range, const int32_t* to) = 0;
+  bool blocks_hold_the_same(const Engine& other) const;
+  void copy_block(int from, int to);
 
   // Checks a batch completely and lays it out; throws std::runtime_error with the place of what is wrong, and changes
   // nothing then.

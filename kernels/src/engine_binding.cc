@@ -73,15 +73,31 @@ class CloseWorker : public Napi::AsyncWorker {
   std::vector<Napi::Promise::Deferred> waiting_;
 };
 
-// What exportLayers and importLayers have in common, checked.
-struct LayerBytes {
+// Block numbers of a pool, checked.
+std::vector<int32_t> block_numbers(const Napi::CallbackInfo& info, size_t index, const char* name, int pool_blocks) {
+  std::vector<int32_t> blocks = int32_argument(info, index, name);
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (blocks[i] < 0 || blocks[i] >= pool_blocks) {
+      throw std::runtime_error(std::string(name) + "[" + std::to_string(i) + "]: " + std::to_string(blocks[i]) + " is not in 0 … " +
+                               std::to_string(pool_blocks - 1));
+    }
+  }
+  return blocks;
+}
+
+// Layers of blocks of an engine, checked.
+struct KvPlaces {
   std::vector<int32_t> blocks;
   int first_layer;
   int layers;
-  uint8_t* at;
-  uint32_t seed;
 
   KvRange range() const { return {blocks.data(), blocks.size(), first_layer, layers}; }
+};
+
+// What exportLayers and importLayers have in common, checked.
+struct LayerBytes : KvPlaces {
+  uint8_t* at;
+  uint32_t seed;
 };
 
 // NativeEngine of kernels/index.ts. Its methods run on the event loop.
@@ -93,8 +109,8 @@ class NativeEngine : public Napi::ObjectWrap<NativeEngine> {
         {InstanceMethod("info", &NativeEngine::info), InstanceMethod("createSampler", &NativeEngine::create_sampler),
          InstanceMethod("freeSampler", &NativeEngine::free_sampler), InstanceMethod("samplers", &NativeEngine::samplers),
          InstanceMethod("step", &NativeEngine::step), InstanceMethod("exportLayers", &NativeEngine::export_layers),
-         InstanceMethod("importLayers", &NativeEngine::import_layers), InstanceMethod("copyBlock", &NativeEngine::copy_block),
-         InstanceMethod("close", &NativeEngine::close)});
+         InstanceMethod("importLayers", &NativeEngine::import_layers), InstanceMethod("copyLayers", &NativeEngine::copy_layers),
+         InstanceMethod("copyBlock", &NativeEngine::copy_block), InstanceMethod("close", &NativeEngine::close)});
   }
 
   explicit NativeEngine(const Napi::CallbackInfo& info) : Napi::ObjectWrap<NativeEngine>(info) {
@@ -124,8 +140,10 @@ class NativeEngine : public Napi::ObjectWrap<NativeEngine> {
   Napi::Value step(const Napi::CallbackInfo& info);
   Napi::Value export_layers(const Napi::CallbackInfo& info);
   Napi::Value import_layers(const Napi::CallbackInfo& info);
+  Napi::Value copy_layers(const Napi::CallbackInfo& info);
   Napi::Value copy_block(const Napi::CallbackInfo& info);
   Napi::Value close(const Napi::CallbackInfo& info);
+  KvPlaces places(const Napi::CallbackInfo& info, size_t index, const char* blocks) const;
   LayerBytes layer_bytes(const Napi::CallbackInfo& info, const char* bytes) const;
   void release();
 
@@ -210,20 +228,20 @@ Napi::Value NativeEngine::step(const Napi::CallbackInfo& info) {
   });
 }
 
+// (blocks, firstLayer, layers) from the argument `index` on; `blocks` is what the caller's own name for them is.
+KvPlaces NativeEngine::places(const Napi::CallbackInfo& info, size_t index, const char* blocks) const {
+  KvPlaces out;
+  out.blocks = block_numbers(info, index, blocks, engine().options().blocks);
+  const int layers = engine().shape().layers;
+  out.first_layer = static_cast<int>(integer_value(argument(info, index + 1), "firstLayer", 0.0, layers - 1.0));
+  out.layers = static_cast<int>(integer_value(argument(info, index + 2), "layers", 1.0, layers - out.first_layer));
+  return out;
+}
+
 // (blocks, firstLayer, layers, bytes, offset, seed); `bytes` is what the caller's own name for them is.
 LayerBytes NativeEngine::layer_bytes(const Napi::CallbackInfo& info, const char* bytes) const {
-  const int pool_blocks = engine().options().blocks;
   LayerBytes out;
-  out.blocks = int32_argument(info, 0, "blocks");
-  for (size_t i = 0; i < out.blocks.size(); ++i) {
-    if (out.blocks[i] < 0 || out.blocks[i] >= pool_blocks) {
-      throw std::runtime_error("blocks[" + std::to_string(i) + "]: " + std::to_string(out.blocks[i]) + " is not in 0 … " +
-                               std::to_string(pool_blocks - 1));
-    }
-  }
-  const int layers = engine().shape().layers;
-  out.first_layer = static_cast<int>(integer_value(argument(info, 1), "firstLayer", 0.0, layers - 1.0));
-  out.layers = static_cast<int>(integer_value(argument(info, 2), "layers", 1.0, layers - out.first_layer));
+  static_cast<KvPlaces&>(out) = places(info, 0, "blocks");
   Napi::Uint8Array array = bytes_argument(info, 3, bytes);
   const size_t length = array.ByteLength();
   const size_t offset = static_cast<size_t>(integer_value(argument(info, 4), "offset", 0.0, static_cast<double>(length)));
@@ -249,6 +267,25 @@ Napi::Value NativeEngine::import_layers(const Napi::CallbackInfo& info) {
     const LayerBytes from = layer_bytes(info, "from");
     const uint32_t crc = uint32_argument(info, 6, "crc");
     return Napi::Value(Napi::Boolean::New(info.Env(), engine().import_layers(from.range(), from.at, from.seed) == crc));
+  });
+}
+
+// (from, fromBlocks, firstLayer, layers, blocks)
+Napi::Value NativeEngine::copy_layers(const Napi::CallbackInfo& info) {
+  return guarded(info, [&] {
+    const Napi::Object object = object_argument(info, 0, "from");
+    if (!object.InstanceOf(info.Env().GetInstanceData<Napi::FunctionReference>()->Value())) {
+      throw std::runtime_error("from: expected an engine of the same addon");
+    }
+    const NativeEngine& from = *Unwrap(object);
+    if (!engine().blocks_hold_the_same(from.engine())) throw std::runtime_error("from: its blocks hold something else");
+    const KvPlaces source = from.places(info, 1, "fromBlocks");
+    const std::vector<int32_t> goal = block_numbers(info, 4, "blocks", engine().options().blocks);
+    if (goal.size() != source.blocks.size()) {
+      throw std::runtime_error("blocks: expected " + std::to_string(source.blocks.size()) + ", found " + std::to_string(goal.size()));
+    }
+    engine().copy_layers(from.engine(), source.range(), goal.data());
+    return info.Env().Undefined();
   });
 }
 

@@ -136,10 +136,13 @@ uint32_t KvPool::import_layers(const KvRange& range, const uint8_t* from, uint32
   return seed;
 }
 
-void KvPool::copy_block(int from, int to) {
-  if (from == to) return;
-  for (int layer = 0; layer < layers_; ++layer) {
-    std::memcpy(entry(layer, to, 0), entry(layer, from, 0), block_stride_ * sizeof(uint16_t));
+void KvPool::copy_layers(const KvPool& from, const KvRange& range, const int32_t* to) {
+  for (int layer = range.first_layer; layer < range.first_layer + range.layers; ++layer) {
+    for (size_t i = 0; i < range.count; ++i) {
+      const uint16_t* source = from.entry(layer, range.blocks[i], 0);
+      uint16_t* goal = entry(layer, to[i], 0);
+      if (source != goal) std::memcpy(goal, source, block_stride_ * sizeof(uint16_t));
+    }
   }
 }
 

@@ -49,7 +49,8 @@ class KvPool {
   // what was imported has to be forgotten where it is not the one expected.
   uint32_t export_layers(const KvRange& range, uint8_t* into, uint32_t seed) const;
   uint32_t import_layers(const KvRange& range, const uint8_t* from, uint32_t seed);
-  void copy_block(int from, int to);
+  // From a pool whose blocks hold the same: `range` is of its blocks, and they go to `to`, [range.count] of this one's.
+  void copy_layers(const KvPool& from, const KvRange& range, const int32_t* to);
 
  private:
   // Keys or values of one head in one block of one layer: what lies together here and on the wire.

@@ -1,5 +1,6 @@
 import fc from "fast-check"
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest"
+import { PoolBlocks } from "../../actors/engine/pool-blocks.ts"
 import { decodeDecodeFrame, encodeReserved } from "../../actors/messages/decode.ts"
 import { kvChunkHeaderBytes, readChunkHeader, sealChunk, writeChunkHeader, headerForCrc, type ChunkRange, type KvChunkHeader } from "../../actors/messages/kv-chunk.ts"
 import { KvProgress, KvStatus } from "../../actors/messages/kv-transfer.ts"
@@ -10,7 +11,7 @@ import { checkChunkFits, chunkBytesOn } from "../../actors/transfer/chunk-limit.
 import { TransferReceiver, type ChunkSink, type ReceivedTransfer } from "../../actors/transfer/transfer-receiver.ts"
 import { TransferSender, type ChunkSource, type SentTransfer } from "../../actors/transfer/transfer-sender.ts"
 import { limits } from "../../config/limits.ts"
-import { crc32c, kvDtypes, type KvDtype } from "../../kernels/index.ts"
+import { crc32c, kvDtypes, type Engine, type KvDtype } from "../../kernels/index.ts"
 import { FaultyBus, type Faults } from "../support/faulty-bus.ts"
 import { randomNumbers } from "../support/tiny-model.ts"
 
@@ -29,8 +30,10 @@ interface Shape {
 }
 const shape: Shape = { layers: 3, firstBlock: 2, blocks: 5, layerBlockBytes: 96 }
 
-/** KV that is a pure function of its place, and a pool to receive it. */
-const pools = ({ layers, firstBlock, blocks, layerBlockBytes, dtype = "f16" }: Shape) => {
+type Gone = { readonly [end in "source" | "sink"]?: () => never }
+
+/** KV that is a pure function of its place, and a pool to receive it; `gone` is what an end throws whose blocks are lost. */
+const pools = ({ layers, firstBlock, blocks, layerBlockBytes, dtype = "f16" }: Shape, gone: Gone = {}) => {
   const random = randomNumbers(7)
   const size = layers * (firstBlock + blocks) * layerBlockBytes
   const kept = Uint8Array.from({ length: size }, () => random() * 256)
@@ -59,6 +62,24 @@ const pools = ({ layers, firstBlock, blocks, layerBlockBytes, dtype = "f16" }: S
       return crc32c(payload, seed) === crc
     },
   }
+  /** The same bytes as pools that copy from each other. */
+  class Pool {
+    readonly bytes: Uint8Array
+    readonly blocks: PoolBlocks
+    constructor(bytes: Uint8Array, lost: (() => never) | undefined) {
+      this.bytes = bytes
+      this.blocks = new PoolBlocks(this as unknown as Engine, (range) => lost?.() ?? Int32Array.from({ length: range.blocks }, (_, i) => range.firstBlock + i))
+    }
+    canCopy(from: object): from is Engine {
+      return from instanceof Pool
+    }
+    copyLayers(from: Engine, fromBlocks: Int32Array, firstLayer: number, count: number, goals: Int32Array): void {
+      for (let layer = firstLayer; layer < firstLayer + count; layer++) {
+        fromBlocks.forEach((block, i) => this.bytes.set((from as unknown as Pool).bytes.subarray(at(layer, block), at(layer, block) + layerBlockBytes), at(layer, goals[i]!)))
+      }
+    }
+  }
+  const local = { source: { ...source, blocks: new Pool(kept, gone.source).blocks }, sink: { ...sink, blocks: new Pool(came, gone.sink).blocks } }
   const whole = () => {
     for (let layer = 0; layer < layers; layer++) {
       const [from, end] = [at(layer, firstBlock), at(layer, firstBlock + blocks - 1) + layerBlockBytes]
@@ -67,7 +88,7 @@ const pools = ({ layers, firstBlock, blocks, layerBlockBytes, dtype = "f16" }: S
     }
     return true
   }
-  return { source, sink, whole }
+  return { source, sink, local, whole, untouched: () => came.every((byte) => byte === 0) }
 }
 
 interface Ends {
@@ -76,6 +97,8 @@ interface Ends {
   readonly sender: TransferSender
   readonly receiver: TransferReceiver
   readonly whole: () => boolean
+  /** Nothing has come. */
+  readonly untouched: () => boolean
   /** Of what both ends settled to; undefined while one has not. */
   readonly outcomes: { sent?: SentTransfer | Fault; received?: ReceivedTransfer | Fault }
 }
@@ -86,20 +109,24 @@ interface Opened {
   readonly shape?: Shape
   readonly creditBytes?: number
   readonly maxPayloadBytes?: number
+  /** Both ends are pools of this process. */
+  readonly local?: boolean
+  readonly gone?: Gone
 }
 
 const open = (options: Opened = {}): Ends => {
   const sizes = options.shape ?? shape
   const memory = new MemoryBus({ maxPayloadBytes: options.maxPayloadBytes ?? kvChunkHeaderBytes + 4 * sizes.layerBlockBytes + 200 })
   const bus = new FaultyBus(memory, { seed: options.seed, faultsOf: (subject) => options.faults?.[verbOf(subject)] ?? {} })
-  const { source, sink, whole } = pools(sizes)
+  const { local, whole, untouched, ...apart } = pools(sizes, options.gone)
+  const { source, sink } = options.local === true ? local : apart
   const common = { control: bus, bulk: bus, namespace: "test", transferId, creditBytes: options.creditBytes ?? limits.kvWindowBytes }
   const receiver = new TransferReceiver({ ...common, sink, firstBlock: sizes.firstBlock, blocks: sizes.blocks, hop: "prefill p0" })
   const sender = new TransferSender({ ...common, source, hop: "decode d0" })
   const outcomes: Ends["outcomes"] = {}
   sender.done.then((sent) => (outcomes.sent = sent), (fault: Fault) => (outcomes.sent = fault))
   receiver.done.then((received) => (outcomes.received = received), (fault: Fault) => (outcomes.received = fault))
-  return { bus, memory, sender, receiver, whole, outcomes }
+  return { bus, memory, sender, receiver, whole, untouched, outcomes }
 }
 
 /** Sends everything as prefill does: layer by layer, a run of blocks at a time. */
@@ -352,14 +379,14 @@ describe("a KV transfer", () => {
     for (const end of ["source", "sink"] as const) {
       const memory = new MemoryBus()
       const bus = new FaultyBus(memory, { faultsOf: () => undefined })
-      const { source, sink, whole } = pools(shape)
+      const { source, sink, whole, untouched } = pools(shape)
       const gone = (): never => {
         throw new Fault({ code: "unavailable", message: `the ${end} is gone`, hop: end === "sink" ? "decode d0" : "prefill p0" })
       }
       const common = { control: bus, bulk: bus, namespace: "test", transferId, creditBytes: 1e6 }
       const receiver = new TransferReceiver({ ...common, sink: end === "sink" ? { ...sink, take: gone } : sink, firstBlock: 2, blocks: 5, hop: "prefill p0" })
       const sender = new TransferSender({ ...common, source: end === "source" ? { ...source, write: gone } : source, hop: "decode d0" })
-      const ends: Ends = { bus, memory, sender, receiver, whole, outcomes: {} }
+      const ends: Ends = { bus, memory, sender, receiver, whole, untouched, outcomes: {} }
       sender.done.then((sent) => (ends.outcomes.sent = sent), (fault: Fault) => (ends.outcomes.sent = fault))
       receiver.done.then((received) => (ends.outcomes.received = received), (fault: Fault) => (ends.outcomes.received = fault))
       sender.send({ firstLayer: 0, layers: 3, firstBlock: 2, blocks: 5 })
@@ -398,6 +425,97 @@ describe("a KV transfer", () => {
     await nothingLeft(ends)
   })
 
+  describe("between pools of one process", () => {
+    const local = true
+    const chunksOf = (ends: Ends): Array<number> => {
+      const sizes: Array<number> = []
+      const publish = ends.memory.publish.bind(ends.memory)
+      ends.memory.publish = (subject, data, options) => {
+        if (verbOf(subject) === "chunk") sizes.push(data.byteLength)
+        publish(subject, data, options)
+      }
+      return sizes
+    }
+
+    it("is copied from one to the other: chunks hold no KV, and both ends tell how much it was", async () => {
+      const [apart, ends] = [await complete(open()), open({ local })]
+      const sizes = chunksOf(ends)
+      expect(await complete(ends)).toMatchObject({ sent: { bytes: apart.sent.bytes, chunks: 9, resent: 0 }, received: { bytes: apart.sent.bytes, chunks: 9 } })
+      expect(sizes).toEqual(Array.from({ length: 9 }, () => kvChunkHeaderBytes))
+    })
+
+    it("is written into messages where one pool cannot copy from the other, or there is no pool", async () => {
+      for (const end of ["source", "sink"] as const) {
+        const blocks = new PoolBlocks({ canCopy: () => false } as unknown as Engine, () => new Int32Array(0))
+        for (const without of [{}, { blocks }]) {
+          const { local, whole, untouched, ...apart } = pools(shape)
+          const memory = new MemoryBus()
+          const bus = new FaultyBus(memory, { faultsOf: () => undefined })
+          const common = { control: bus, bulk: bus, namespace: "test", transferId, creditBytes: 1e6 }
+          const source = end === "source" ? { ...apart.source, ...without } : local.source
+          const sink = end === "sink" ? { ...apart.sink, ...without } : local.sink
+          const receiver = new TransferReceiver({ ...common, sink, firstBlock: 2, blocks: 5, hop: "prefill p0" })
+          const sender = new TransferSender({ ...common, source, hop: "decode d0" })
+          const ends: Ends = { bus, memory, sender, receiver, whole, untouched, outcomes: {} }
+          sender.done.then((sent) => (ends.outcomes.sent = sent), (fault: Fault) => (ends.outcomes.sent = fault))
+          receiver.done.then((received) => (ends.outcomes.received = received), (fault: Fault) => (ends.outcomes.received = fault))
+          const sizes = chunksOf(ends)
+          await complete(ends)
+          expect(Math.min(...sizes)).toBeGreaterThan(kvChunkHeaderBytes)
+        }
+      }
+    })
+
+    it("arrives whole whatever happens to its descriptions", async () => {
+      const ends = open({ local, seed: 3, faults: { chunk: { drop: 0.15, duplicate: 0.2, reorder: 0.3, delay: 0.2, corrupt: 0.2 } } })
+      await complete(ends)
+      for (const fault of ["drop", "duplicate", "reorder", "delay", "corrupt"] as const) expect(ends.bus.met[fault]).toBeGreaterThan(0)
+    })
+
+    it("copies nothing for a description of which one bit is wrong", async () => {
+      const small: Shape = { layers: 2, firstBlock: 0, blocks: 2, layerBlockBytes: 64 }
+      for (let bit = 0; bit < kvChunkHeaderBytes * 8; bit++) {
+        const ends = open({ local, shape: small, faults: { status: { drop: 1 } } })
+        const publish = ends.memory.publish.bind(ends.memory)
+        ends.memory.publish = (subject, data, options) => publish(subject, verbOf(subject) === "chunk" ? data.map((byte, at) => (at === bit >> 3 ? byte ^ (1 << (bit & 7)) : byte)) : data, options)
+        ends.sender.send({ firstLayer: 0, layers: 1, firstBlock: 0, blocks: 1 })
+        await vi.advanceTimersByTimeAsync(1)
+        ends.receiver.fail(new Fault({ code: "cancelled", message: "enough", hop: "test" }))
+        ends.sender.fail(new Fault({ code: "cancelled", message: "enough", hop: "test" }))
+        expect(ends.untouched()).toBe(true)
+      }
+    })
+
+    it("copies nothing from a sender that has left, nor into what has been closed, though the description comes", async () => {
+      for (const end of ["sender", "receiver"] as const) {
+        const ends = open({ local, faults: { chunk: { delay: 1 }, progress: { drop: 1 }, status: { drop: 1 } } })
+        const sizes = chunksOf(ends)
+        ends.sender.send({ firstLayer: 0, layers: 3, firstBlock: 2, blocks: 5 })
+        if (end === "sender") ends.sender.fail(new Fault({ code: "cancelled", message: "its blocks are another's now", hop: "test" }))
+        else ends.receiver.close()
+        await vi.advanceTimersByTimeAsync(1000)
+        expect(sizes.length).toBeGreaterThan(0)
+        expect(ends.untouched()).toBe(true)
+        ends.sender.fail(new Fault({ code: "cancelled", message: "enough", hop: "test" }))
+        ends.receiver.close()
+        await nothingLeft(ends)
+      }
+    })
+
+    it("fails at both ends where the KV is gone from one pool, or its place in the other", async () => {
+      for (const end of ["source", "sink"] as const) {
+        const gone = (): never => {
+          throw new Fault({ code: "unavailable", message: `the ${end} is gone`, hop: end === "sink" ? "decode d0" : "prefill p0" })
+        }
+        const ends = open({ local, gone: { [end]: gone } })
+        await sendAll(ends)
+        const { sent, received } = await failed(ends)
+        expect([sent.message, received.message].join()).toContain(`the ${end} is gone`)
+        expect(ends.untouched()).toBe(true)
+      }
+    })
+  })
+
   it("arrives exactly, or fails with a fault that names the hop, whatever happens on its way", async () => {
     const probability = fc.constantFrom(0, 0, 0.1, 0.3, 0.6, 1)
     const control = fc.record({ drop: probability, duplicate: probability, reorder: probability, delay: probability })
@@ -405,8 +523,8 @@ describe("a KV transfer", () => {
     const anyShape = fc.record({ layers: fc.integer({ min: 1, max: 5 }), firstBlock: fc.integer({ min: 0, max: 3 }), blocks: fc.integer({ min: 1, max: 9 }), layerBlockBytes: fc.integer({ min: 1, max: 200 }) })
     const anyCredit = fc.constantFrom(1, 700, 5000, limits.kvWindowBytes)
     await fc.assert(
-      fc.asyncProperty(fc.nat(), chunk, control, control, anyShape, anyCredit, async (seed, chunkFaults, progress, status, sizes, creditBytes) => {
-        const ends = open({ seed, shape: sizes, creditBytes, maxPayloadBytes: 2000, faults: { chunk: chunkFaults, progress, status } })
+      fc.asyncProperty(fc.nat(), chunk, control, control, anyShape, anyCredit, fc.boolean(), async (seed, chunkFaults, progress, status, sizes, creditBytes, local) => {
+        const ends = open({ seed, local, shape: sizes, creditBytes, maxPayloadBytes: 2000, faults: { chunk: chunkFaults, progress, status } })
         await sendAll(ends, sizes)
         await settled(ends, 300_000)
         const { sent, received } = ends.outcomes
@@ -464,10 +582,13 @@ describe("chunks", () => {
     firstBlock: fc.nat(0xffffffff),
     blocks: fc.nat(0xffff),
     blockTokens: fc.nat(0xffff),
+    sender: fc.constantFrom(0, 0, 1, 0xffffffff),
   })
-  const chunkOf = (fields: Omit<KvChunkHeader, "payloadBytes">, payload: Uint8Array): Uint8Array => {
+  const payloadOf = ({ sender }: Pick<KvChunkHeader, "sender">, kv: Uint8Array) => (sender === 0 ? kv : new Uint8Array(0))
+  const chunkOf = (fields: Omit<KvChunkHeader, "payloadBytes">, kv: Uint8Array): Uint8Array => {
+    const payload = payloadOf(fields, kv)
     const chunk = new Uint8Array(kvChunkHeaderBytes + payload.byteLength).fill(0xa5)
-    writeChunkHeader(chunk, { ...fields, payloadBytes: payload.byteLength })
+    writeChunkHeader(chunk, { ...fields, payloadBytes: kv.byteLength })
     chunk.set(payload, kvChunkHeaderBytes)
     sealChunk(chunk, crc32c(payload, crc32c(headerForCrc(chunk), 0)))
     return chunk
@@ -481,7 +602,7 @@ describe("chunks", () => {
         within.set(chunk, offset)
         const found = readChunkHeader(within.subarray(offset, offset + chunk.byteLength))
         expect(found.header).toEqual({ ...fields, payloadBytes: payload.byteLength })
-        expect(found.crc).toBe(crc32c(payload, crc32c(headerForCrc(chunk), 0)))
+        expect(found.crc).toBe(crc32c(payloadOf(fields, payload), crc32c(headerForCrc(chunk), 0)))
       }),
       { seed: 21 },
     )
@@ -496,7 +617,8 @@ describe("chunks", () => {
     fc.assert(
       fc.property(fc.oneof(fc.uint8Array({ maxLength: 200 }), spoilt), (bytes) => {
         try {
-          expect(readChunkHeader(bytes).header.payloadBytes).toBe(bytes.byteLength - kvChunkHeaderBytes)
+          const { sender, payloadBytes } = readChunkHeader(bytes).header
+          expect(sender === 0 ? payloadBytes : 0).toBe(bytes.byteLength - kvChunkHeaderBytes)
         } catch (error) {
           expect(error).toBeInstanceOf(Fault)
         }

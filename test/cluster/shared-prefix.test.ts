@@ -50,7 +50,10 @@ it("are fetched from another worker's pool where the store does not have them, a
 it("are computed where the pool that held them has lost them in the meantime", async () => {
   const { cluster } = await start(twoWorkers)
   const cold = await cluster.generate(asked)
-  for (const { worker } of cluster.node.workers.values()) worker.engine.hold = () => ({ hashes: [], writeOf: () => () => 0, release: () => {} })
+  for (const { worker } of cluster.node.workers.values()) {
+    const none = worker.engine.hold([])
+    worker.engine.hold = () => none
+  }
   const busy = await cluster.open({ ...asked, prompt: [1, 2, 3], maxTokens: 300 }, 2)
   const again = await Promise.all([cluster.generate(asked), cluster.generate(asked)])
   for (const { tokens, logprobs } of again) expect([tokens, logprobs]).toEqual([cold.tokens, cold.logprobs])

@@ -190,7 +190,7 @@ it("blocks of several requests that are put together are one span: of the first 
   const writer = new StoreWriter()
   const traces = ["a", "b"].map((digit) => ({ traceId: digit.repeat(32), spanId: digit.repeat(16) }))
   for (const [i, block] of [0, 1, 0, 1].entries()) writer.stored(`block${i}`.padStart(16, "h"), `00-${traces[block]!.traceId}-${traces[block]!.spanId}-01`)
-  const engine = { hold: (hashes: ReadonlyArray<string>) => ({ hashes, writeOf: () => (_: unknown, into: Uint8Array, offset: number, seed: number) => crc32c(into.subarray(offset), seed), release: () => {} }) } as unknown as Engine
+  const engine = { hold: (hashes: ReadonlyArray<string>) => ({ hashes, at: () => ({ write: (_: unknown, into: Uint8Array, offset: number, seed: number) => crc32c(into.subarray(offset), seed) }), release: () => {} }) } as unknown as Engine
   const kv = { dtype: "f16", blockTokens: 4, layers: 1, layerBlockBytes: 8 } as const
   const buses = { control: bus, bulk: bus }
   await scope.start(kvStoreActor({ link: new Link(bus, "kv-store k0", 1), buses, namespace: "test", id: "k0", memoryBytes: 1_000 }))

@@ -1,4 +1,5 @@
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it, vi } from "vitest"
+import { kvChunkHeaderBytes, readChunkHeader } from "../../actors/messages/kv-chunk.ts"
 import { decodePrefillFrame, Prefill } from "../../actors/messages/prefill.ts"
 import { decodeGenerateEvent } from "../../actors/messages/request.ts"
 import { subject } from "../../actors/messages/subjects.ts"
@@ -57,7 +58,8 @@ describe("two workers with KV between them", () => {
     pair = undefined
     normally()
   })
-  const start = async (options: PairOptions) => (pair = await startPair(options))
+  const start = async (options: PairOptions) => (pair = await startPair({ apart: true, ...options }))
+  const ways = [["in messages", true], ["from pool to pool", false]] as const
 
   /** What everybody holds comes back: blocks, samplers, reservations, and after a while every subscription. */
   const nothingLeft = async ({ cluster, bus, decode }: StartedPair, listeners: number) => {
@@ -67,12 +69,21 @@ describe("two workers with KV between them", () => {
     expect(bus.listeners).toBe(listeners)
   }
 
+  /** Calls back with each chunk to a worker that is published, before anybody has it. */
+  const eachChunk = ({ memory }: StartedPair, visit: (chunk: Uint8Array, transferId: string) => void) => {
+    const { publish } = memory
+    memory.publish = function (to, data, options) {
+      publish.call(this, to, data, options)
+      if (transferVerb(to) === "chunk") visit(data, to.split(".").at(-2)!)
+    }
+  }
+
   /** The same answers; what each request has from a cache is its own. */
   const alike = (answers: ReadonlyArray<Answer>) => answers.map(({ usage, ...answer }) => ({ ...answer, completionTokens: usage.completionTokens }))
 
-  const answersUnder = async (verb: "chunk" | "progress" | "status" | "all", faults: Faults, seed = 1) => {
+  const answersUnder = async (verb: "chunk" | "progress" | "status" | "all", faults: Faults, seed = 1, apart = true) => {
     let calm = false
-    const started = await start({ seed, faultsOf: (to) => (!calm && transferVerb(to) !== undefined && (verb === "all" || transferVerb(to) === verb) ? faults : undefined) })
+    const started = await start({ seed, apart, faultsOf: (to) => (!calm && transferVerb(to) !== undefined && (verb === "all" || transferVerb(to) === verb) ? faults : undefined) })
     const { listeners } = started.bus
     const answers = await Promise.all(mixed.map((asked) => started.cluster.generate(asked)))
     expect(alike(answers)).toEqual(alike(expected))
@@ -85,6 +96,33 @@ describe("two workers with KV between them", () => {
     const { prefill } = await answersUnder("all", {})
     expect(prefill.worker.totals.failed).toBe(0)
     expect(prefill.worker.totals.completed).toBeGreaterThan(10)
+  })
+
+  it("of one process give what one gives, and no KV crosses the bus", async () => {
+    const started = await start({ apart: false, stores: 0, faultsOf: () => undefined })
+    const { listeners } = started.bus
+    const chunks: Array<Uint8Array> = []
+    eachChunk(started, (chunk) => chunks.push(chunk))
+    const answers = await Promise.all(mixed.map((asked) => started.cluster.generate(asked)))
+    expect(alike(answers)).toEqual(alike(expected))
+    const { totals } = started.prefill.worker
+    expect(totals).toMatchObject({ failed: 0, completed: expect.any(Number) as number })
+    expect(started.decode.worker.totals.fallbacks).toBe(0)
+    expect(chunks.length).toBeGreaterThan(10)
+    expect(new Set(chunks.map(({ byteLength }) => byteLength))).toEqual(new Set([kvChunkHeaderBytes]))
+    // What was moved is counted as where messages hold it.
+    expect(totals.bytes).toBe(chunks.reduce((sum, chunk) => sum + kvChunkHeaderBytes + readChunkHeader(chunk).header.payloadBytes, 0))
+    await nothingLeft(started, listeners)
+  })
+
+  it("of one process compute prompts where they are decoded when their KV is gone from the other pool before it is copied", async () => {
+    const started = await start({ apart: false, faultsOf: () => undefined })
+    const { listeners } = started.bus
+    eachChunk(started, (_, id) => started.prefill.worker.engine.cancel(id))
+    const answers = await Promise.all(mixed.map((asked) => started.cluster.generate(asked)))
+    expect(alike(answers)).toEqual(alike(expected))
+    expect(started.decode.worker.totals.fallbacks).toBeGreaterThan(10)
+    await nothingLeft(started, listeners)
   })
 
   it.each([
@@ -121,17 +159,17 @@ describe("two workers with KV between them", () => {
     expect(started.decode.worker.totals.fallbacks).toBe(0)
   })
 
-  it("give what one gives though every fault comes at once", async () => {
+  it.each(ways)("give what one gives though every fault comes at once: %s", async (_, apart) => {
     for (const seed of [31, 32, 33]) {
-      await answersUnder("all", { drop: 0.2, duplicate: 0.2, reorder: 0.2, delay: 0.2 }, seed)
+      await answersUnder("all", { drop: 0.2, duplicate: 0.2, reorder: 0.2, delay: 0.2 }, seed, apart)
       await pair!.stop()
     }
   })
 
-  it("give no other token though one bit of any chunk is wrong", async () => {
+  it.each(ways)("give no other token though one bit of any chunk is wrong: %s", async (_, apart) => {
     for (const seed of [41, 42, 43]) {
-      const { bus } = await answersUnder("chunk", { corrupt: 0.7 }, seed)
-      expect(bus.met.corrupt).toBeGreaterThan(20)
+      const { bus } = await answersUnder("chunk", { corrupt: 0.7 }, seed, apart)
+      expect(bus.met.corrupt).toBeGreaterThan(15)
       await pair!.stop()
     }
   })
@@ -179,8 +217,8 @@ describe("two workers with KV between them", () => {
     await nothingLeft(started, listeners)
   })
 
-  it("give what one gives though the receiver goes away in the middle", async () => {
-    const started = await start({ faultsOf: (to) => (transferVerb(to) === "chunk" ? { delay: 0.5 } : undefined), seed: 6 })
+  it.each(ways)("give what one gives though the receiver goes away in the middle: %s", async (_, apart) => {
+    const started = await start({ apart, faultsOf: (to) => (transferVerb(to) === "chunk" ? { delay: 0.5 } : undefined), seed: 6 })
     const gone = new Set<string>()
     const { publish } = started.memory
     started.memory.publish = function (to, data, options) {
@@ -198,8 +236,8 @@ describe("two workers with KV between them", () => {
     await started.cluster.untilIdle()
   })
 
-  it("free everything where clients go away while KV is on its way", async () => {
-    const started = await start({ faultsOf: (to) => (transferVerb(to) === undefined ? undefined : { delay: 0.6 }), seed: 8, delayMs: 600 })
+  it.each(ways)("free everything where clients go away while KV is on its way: %s", async (_, apart) => {
+    const started = await start({ apart, faultsOf: (to) => (transferVerb(to) === undefined ? undefined : { delay: 0.6 }), seed: 8, delayMs: 600 })
     const { listeners } = started.bus
     for (let round = 0; round < 5; round++) {
       const streams = await Promise.all(mixed.map((asked) => started.cluster.open(asked)))

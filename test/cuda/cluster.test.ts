@@ -3,6 +3,8 @@ import { afterEach, expect, test } from "vitest"
 import type { Topology } from "../../config/topology.ts"
 import { Cluster, type Answer } from "../support/cluster.ts"
 
+const onGpu = process.env["PENSTOCK_TEST_GPU"] === "1"
+
 let cluster: Cluster | undefined
 afterEach(async () => {
   await cluster?.stop()
@@ -34,6 +36,25 @@ test("the single topology on cuda:0: streams give the same tokens alone and toge
   const alone = await generateAll(false)
   expect(tokensOf(await generateAll(true))).toEqual(tokensOf(alone))
   for (const { tokens } of alone) expect(tokens[0]).toHaveLength(10)
+  await cluster.untilIdle()
+})
+
+test.each(onGpu ? [["cuda:0", "cuda:0"]] : [["cuda:0", "cuda:0"], ["cuda:0", "cuda:1"]])("prefill on %s and decode on %s of one process give the tokens of one worker, and no KV goes through the host", async (...devices) => {
+  cluster = await Cluster.start({ tiny, change: on(["cuda:0"]) })
+  const alone = await generateAll(false)
+  await cluster.stop()
+  cluster = await Cluster.start({ tiny, change: (topology) => ({ ...on(devices)(topology), kvStore: { ...topology.kvStore, replicas: 0 } }) })
+  const [prefill, decode] = ["w0", "w1"].map((name) => cluster!.node.workers.get(name)!)
+  for (const { kernels } of [prefill!, decode!]) {
+    kernels.exportLayers = kernels.importLayers = () => {
+      throw new Error("KV goes through the host")
+    }
+  }
+  const found = await generateAll(true)
+  expect(found.map(({ tokens, logprobs }) => ({ tokens, logprobs }))).toEqual(alone.map(({ tokens, logprobs }) => ({ tokens, logprobs })))
+  expect(prefill!.worker.totals).toMatchObject({ completed: prompts.length, failed: 0 })
+  expect(prefill!.worker.totals.bytes).toBeGreaterThan(0)
+  expect(decode!.worker.totals.fallbacks).toBe(0)
   await cluster.untilIdle()
 })
 

@@ -55,6 +55,32 @@ Add changed("the driver: the source of a copy must not change before the copy ha
   expect_error("its source was changed", [&] { rig.device.synchronise(rig.stream.get()); });
 });
 
+Add peers("the driver: a copy from another device has its ranges checked on both, and its source must be there and stay", [] {
+  Rig rig;
+  Rig peer({.total_bytes = 1 << 20, .number = 1});
+  std::memset(peer.host(0), 7, 16);
+  peer.device.copy_to_device(peer.at(64), peer.host(0), 16, peer.stream.get());
+  const auto copy = [&](size_t bytes = 16) { rig.device.copy_from_peer(rig.at(4080), peer.device, peer.at(64), bytes, rig.stream.get()); };
+  const auto first = [&] {
+    rig.device.copy_to_host(rig.host(0), rig.at(4080), 16, rig.stream.get());
+    rig.device.synchronise(rig.stream.get());
+    return rig.host(0)[0];
+  };
+  copy();
+  expect(first() == 0xff, "what the other device has not done has not come");
+  peer.device.synchronise(peer.stream.get());
+  copy();
+  expect(first() == 7, "it comes then");
+  copy();
+  peer.device.clear(peer.at(64), 16, peer.stream.get());
+  peer.device.synchronise(peer.stream.get());
+  expect_error("copy from a peer: its source was changed", first);
+  expect_error("copy from a peer, its goal: bytes 4080 … 4097 of an allocation of 4096", [&] { copy(17); });
+  expect_error("copy from a peer, its source: ",
+               [&] { rig.device.copy_from_peer(rig.at(0), peer.device, rig.at(0), 16, rig.stream.get()); });
+  expect_error("it is the same GPU", [&] { rig.device.copy_from_peer(rig.at(0), rig.device, rig.at(64), 16, rig.stream.get()); });
+});
+
 Add order("the driver: streams run in any order but for their events", [] {
   int before = 0;
   for (uint32_t seed = 1; seed <= 40; ++seed) {

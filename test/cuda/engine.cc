@@ -93,6 +93,11 @@ Add no_allocation("the engine: after it has loaded nothing is allocated", [] {
   rig.engine->export_layers({blocks, 2, 0, rig.engine->shape().layers}, bytes.data(), 0);
   rig.engine->import_layers({blocks, 2, 0, rig.engine->shape().layers}, bytes.data(), 0);
   rig.engine->copy_block(1, 2);
+  for (const int number : {0, 1}) {
+    Rig other({.total_bytes = size_t{256} << 20, .seed = 1, .runs_kernels = false, .number = number});
+    other.device->seal();
+    other.engine->copy_layers(*rig.engine, {blocks, 2, 0, rig.engine->shape().layers}, blocks);
+  }
 });
 
 Add too_little("the engine: too little memory says what is needed, part by part, and what is free", [] {
@@ -120,6 +125,9 @@ class Borrowed : public Device {
   void synchronise_event(EventHandle event) override { d.synchronise_event(event); }
   void copy_to_device(void* to, const void* from, size_t bytes, StreamHandle stream) override { d.copy_to_device(to, from, bytes, stream); }
   void copy_to_host(void* to, const void* from, size_t bytes, StreamHandle stream) override { d.copy_to_host(to, from, bytes, stream); }
+  void copy_from_peer(void* to, Device& peer, const void* from, size_t bytes, StreamHandle stream) override {
+    d.copy_from_peer(to, dynamic_cast<Borrowed&>(peer).d, from, bytes, stream);
+  }
   void clear(void* memory, size_t bytes, StreamHandle stream) override { d.clear(memory, bytes, stream); }
   void launch(const Launch& launch, StreamHandle stream) override { d.launch(launch, stream); }
   void begin_capture(StreamHandle stream) override { d.begin_capture(stream); }
@@ -131,9 +139,11 @@ class Borrowed : public Device {
   HostDevice& d;
 };
 
-// Loads, steps, exports and goes; how many calls of the driver that took.
+// Loads, steps, exports, takes KV of another and goes; how many calls of the driver that took.
 int live_through(int fails_at, bool* failed) {
   HostDevice device({.total_bytes = size_t{256} << 20, .seed = 3, .runs_kernels = false, .fails_at = fails_at});
+  HostDevice peer({.total_bytes = size_t{256} << 20, .seed = 3, .runs_kernels = false, .number = 1});
+  CudaEngine other(options(), std::make_unique<Borrowed>(peer));
   *failed = false;
   try {
     CudaEngine engine(options(), std::make_unique<Borrowed>(device));
@@ -142,6 +152,8 @@ int live_through(int fails_at, bool* failed) {
     const int32_t blocks[] = {1};
     engine.export_layers({blocks, 1, 0, engine.shape().layers}, bytes.data(), 0);
     engine.import_layers({blocks, 1, 0, engine.shape().layers}, bytes.data(), 0);
+    engine.copy_block(1, 2);
+    engine.copy_layers(other, {blocks, 1, 0, engine.shape().layers}, blocks);
   } catch (const std::exception& error) {
     *failed = true;
     expect(std::string(error.what()).find("cuda:0 (a device of the host's)") == 0, std::string("the error names the device: ") + error.what());

@@ -7,7 +7,7 @@ import { mkdtemp, rm } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { afterAll, beforeAll, describe, expect, test } from "vitest"
-import { deviceFacts, Engine, kvDtypes, type EngineOptions } from "../../kernels/index.ts"
+import { crc32c, deviceFacts, Engine, kvDtypes, type EngineOptions } from "../../kernels/index.ts"
 import { firstDifference, greedy, sequenceLogits, stepLogits, upTo } from "../support/engine-runs.ts"
 import { realModelPath } from "../support/model.ts"
 import { readReferenceFile, referenceLogits } from "../support/reference-forward.ts"
@@ -16,6 +16,8 @@ import { randomNumbers, writeTinyModel, type TinyModelOptions } from "../support
 
 const cudaAddon = process.env["PENSTOCK_CUDA_ADDON"]
 const onGpu = process.env["PENSTOCK_TEST_GPU"] === "1"
+/** The shim has two; of GPUs one is enough. */
+const devices = onGpu ? ["cuda:0"] : ["cuda:0", "cuda:1"]
 
 let folder: string
 beforeAll(async () => {
@@ -85,6 +87,7 @@ describe.each(kvDtypes)("KV in %s", (kvDtype) => {
     const random = randomNumbers(7)
     const model: TinyModelOptions = { types: "Q4_1", headDim: 32, heads: 6, kvHeads: 2, layers: 2 }
     const engine = await load({ model, kvDtype })
+    const path = join(folder, `tiny-${files - 1}.gguf`)
     const tokens = someTokens(150, engine.info.vocabulary)
     const table = [9, 2, 11, 4, 0, 7, 15, 3, 8, 1]
     const whole = await sequenceLogits(engine, tokens, table, [128, 150])
@@ -101,16 +104,47 @@ describe.each(kvDtypes)("KV in %s", (kvDtype) => {
     const decode = await stepLogits(engine, upTo(3).map((i) => (i === 1 ? { tokens, from: 149, to: 150, table } : { tokens: [i], from: 0, to: 1, table: [20 + i] })))
     expect(decode[1]![0]!.equals(whole[149]!)).toBe(true)
     // Out and into other blocks, of a new engine.
-    const other = await load({ path: join(folder, `tiny-${files - 1}.gguf`), kvDtype })
+    const other = await load({ path, kvDtype })
     const { layers, layerBlockBytes } = engine.info
     const bytes = new Uint8Array(3 + 9 * layers * layerBlockBytes)
     const crc = engine.exportLayers(Int32Array.from(table.slice(0, 9)), 0, layers, bytes, 3, 0)
     const there = upTo(9).map((i) => 18 - i)
     expect(other.importLayers(Int32Array.from(there), 0, layers, bytes, 3, 0, crc)).toBe(true)
     expect(firstDifference(await sequenceLogits(other, tokens, [...there, 19], [150], 144), whole.slice(144))).toBe(-1)
+    // From pool to pool, of one device and, where there are two, of another; into blocks in another order, layer by layer.
+    for (const device of devices) {
+      const near = await load({ path, kvDtype, device, blocks: 30 })
+      expect(near.canCopy(engine) && engine.canCopy(near)).toBe(true)
+      for (const layer of upTo(layers)) near.copyLayers(engine, Int32Array.from(table.slice(0, 9)), layer, 1, Int32Array.from(there))
+      expect(firstDifference(await sequenceLogits(near, tokens, [...there, 19], [150], 144), whole.slice(144))).toBe(-1)
+      await near.close()
+    }
     await engine.close()
     await other.close()
   })
+})
+
+test("KV is copied between devices though it is more than their staging holds, and never to a CPU", async () => {
+  const model: TinyModelOptions = { types: "Q8_0", headDim: 128, heads: 8, kvHeads: 8, layers: 4 }
+  const path = join(folder, `tiny-${files}.gguf`)
+  const engine = await load({ model, blocks: 24 })
+  const random = randomNumbers(9)
+  const blocks = Int32Array.from(upTo(20))
+  const bytes = new Uint8Array(20 * engine.info.blockBytes).map(() => random() * 256)
+  expect(bytes.length).toBeGreaterThan(4 << 20)
+  expect(engine.importLayers(blocks, 0, 4, bytes, 0, 0, crc32c(bytes, 0))).toBe(true)
+  const host = await load({ path, device: "cpu" })
+  expect([host.canCopy(engine), engine.canCopy(host)]).toEqual([false, false])
+  expect(() => host.copyLayers(engine, blocks, 0, 4, blocks)).toThrow("from: expected an engine of the same addon")
+  for (const device of devices) {
+    const other = await load({ path, device })
+    const there = blocks.map((block) => 23 - block)
+    other.copyLayers(engine, blocks, 0, 4, there)
+    expect(other.exportLayers(there, 0, 4, new Uint8Array(bytes.length), 0, 0)).toBe(crc32c(bytes, 0))
+    await other.close()
+  }
+  await engine.close()
+  await host.close()
 })
 
 test("drawn tokens are the same alone and in a crowd, on the device and, with a penalty that changes nothing, on the host", async () => {
@@ -171,8 +205,8 @@ describe("what a device cannot do is refused by name", () => {
     await expect(load({ blocks: 4_000_000 })).rejects.toThrow(/cuda:0 .*: needs \d+ MiB: weights \d+ MiB, KV pool \d+ MiB \(4000000 blocks\), step arena \d+ MiB, staging \d+ MiB; \d+ MiB of \d+ MiB are free/)
   })
   test("a device that is not there", async () => {
-    await expect(load({ device: "cuda:97" })).rejects.toThrow(/cuda:97: found 1 CUDA device/)
-    expect(() => deviceFacts("cuda:97", cudaAddon)).toThrow(/cuda:97: found 1 CUDA device/)
+    await expect(load({ device: "cuda:97" })).rejects.toThrow(/cuda:97: found \d+ CUDA device/)
+    expect(() => deviceFacts("cuda:97", cudaAddon)).toThrow(/cuda:97: found \d+ CUDA device/)
   })
   test("heads and blocks of other sizes", async () => {
     await expect(load({ model: { headDim: 24 } })).rejects.toThrow("heads of a multiple of 16 dimensions")

@@ -214,7 +214,7 @@ struct AddStores {
   }
 } stores;
 
-Add moves("KV that leaves and comes: layers of blocks side by side, in parts, and back; copying a block", [] {
+Add moves("KV that leaves and comes: layers of blocks side by side, in parts, and back; copied to other blocks, and to another pool", [] {
   Bench bench;
   Random random(5);
   for (const int bits : {16, 8, 4}) {
@@ -239,12 +239,25 @@ Add moves("KV that leaves and comes: layers of blocks side by side, in parts, an
     for (int i = 0; i < 4; ++i) expect(std::equal(place(i), place(i) + piece, found.begin() + i * piece), "piece " + std::to_string(i) + " is there");
     bench.clear(kv.base, kv.bytes());
     unpack_blocks(bench.queue(), kv, move);
-    copy_block(bench.queue(), kv, 5, 2);
+    // All layers of block 5 to block 2 here; layers 1 and 2 of three blocks to a larger pool.
+    const std::vector<int32_t> here = {5};
+    copy_blocks(bench.queue(), kv, kv, {bench.upload(here), bench.upload(std::vector<int32_t>{2}), 1, 0, 3});
+    KvView other = kv;
+    other.blocks = 9;
+    other.base = bench.room<uint8_t>(other.bytes());
+    bench.clear(other.base, other.bytes());
+    const std::vector<int32_t> goals = {8, 1, 4};
+    copy_blocks(bench.queue(), kv, other, {move.blocks, bench.upload(goals), 3, 1, 2});
     const std::vector<uint8_t> back = bench.download(kv.base, kv.bytes());
     std::vector<uint8_t> wanted(kv.bytes());
     for (int i = 0; i < 4; ++i) std::copy(place(i), place(i) + piece, wanted.begin() + (place(i) - pool.begin()));
     for (int layer = 0; layer < 3; ++layer) std::copy_n(wanted.begin() + kv.piece(layer, 5, 0, 0), piece, wanted.begin() + kv.piece(layer, 2, 0, 0));
     expect(back == wanted, "the pool has them again, and nothing else");
+    std::vector<uint8_t> copied(other.bytes());
+    for (int i = 0; i < 6; ++i) {
+      std::copy_n(wanted.begin() + kv.piece(1 + i / 3, blocks[i % 3], 0, 0), piece, copied.begin() + other.piece(1 + i / 3, goals[i % 3], 0, 0));
+    }
+    expect(bench.download(other.base, other.bytes()) == copied, "the other pool has them, and nothing else");
   }
 });
 

@@ -188,7 +188,7 @@ describe("an engine over fake kernels", () => {
     const oneBlock = (place: number) => ({ firstLayer: 0, layers: 1, firstBlock: place, blocks: 1 })
     const blocks = hashes.map((_, place) => {
       const bytes = new Uint8Array(donor.kernels.info.blockBytes)
-      return { bytes, crc: held.writeOf(upTo(hashes.length))(oneBlock(place), bytes, 0, 0) }
+      return { bytes, crc: held.at(upTo(hashes.length)).write(oneBlock(place), bytes, 0, 0) }
     })
     held.release()
     expectIdle(donor.engine, donor.kernels)
@@ -197,7 +197,7 @@ describe("an engine over fake kernels", () => {
     const generation = new Generation(engine, spec)
     await generation.reserved
     expect(engine.missingBlocks("a")).toEqual({ from: 0, hashes })
-    const take = (place: number) => engine.importLayers("a", oneBlock(place), blocks[place]!.bytes, 0, blocks[place]!.crc)
+    const take = (place: number) => engine.reserved("a").take(oneBlock(place), blocks[place]!.bytes, 0, blocks[place]!.crc)
     expect(upTo(3).map(take)).toEqual([true, true, true])
     expect([engine.acceptPrefix("a", 1, 2), engine.acceptPrefix("a", 0, 3), engine.acceptPrefix("a", 3, 9)]).toEqual([false, true, false])
     generation.prefill()
@@ -376,7 +376,7 @@ describe("a sequence that was preempted", () => {
     while (returning.length === 0) await turn()
     const [missing] = returning
     const bytesOf = (place: number) => new Uint8Array(Int32Array.from([...younger.spec.prompt, ...younger.tokens[0]!].slice(4 * place, 4 * place + 4)).buffer)
-    const take = (place: number) => missing!.importLayers(oneBlock(place), bytesOf(place), 0, crc32c(bytesOf(place), 0))
+    const take = (place: number) => missing!.blocks.take(oneBlock(place), bytesOf(place), 0, crc32c(bytesOf(place), 0))
     return { engine, kernels, older, younger, runs, parked, missing: missing!, take }
   }
 
@@ -445,7 +445,7 @@ describe("a crowd over fake kernels and a pool far too small for it", () => {
         for (const [i, hash] of missing.hashes.entries()) {
           const bytes = store.get(hash)
           if (bytes === undefined) break
-          missing.importLayers({ firstLayer: 0, layers: 1, firstBlock: missing.from + i, blocks: 1 }, bytes, 0, crc32c(bytes, 0))
+          missing.blocks.take({ firstLayer: 0, layers: 1, firstBlock: missing.from + i, blocks: 1 }, bytes, 0, crc32c(bytes, 0))
           blocks++
           if (random() < 0.3) await turn()
         }
@@ -471,7 +471,7 @@ describe("a crowd over fake kernels and a pool far too small for it", () => {
       for (const [i, hash] of hashes.entries()) {
         const bytes = store.get(hash)
         if (bytes === undefined || generation.over) break
-        engine.importLayers(generation.spec.id, { firstLayer: 0, layers: 1, firstBlock: from + i, blocks: 1 }, bytes, 0, crc32c(bytes, 0))
+        engine.reserved(generation.spec.id).take({ firstLayer: 0, layers: 1, firstBlock: from + i, blocks: 1 }, bytes, 0, crc32c(bytes, 0))
         if (!engine.acceptPrefix(generation.spec.id, from + i, 1)) break
         if (random() < 0.3) await turn()
       }
@@ -487,7 +487,7 @@ describe("a crowd over fake kernels and a pool far too small for it", () => {
           const held = engine.hold([hash])
           if (held.hashes.length > 0) {
             const bytes = new Uint8Array(kernels.info.blockBytes)
-            held.writeOf([0])({ firstLayer: 0, layers: 1, firstBlock: 0, blocks: 1 }, bytes, 0, 0)
+            held.at([0]).write({ firstLayer: 0, layers: 1, firstBlock: 0, blocks: 1 }, bytes, 0, 0)
             store.set(hash, bytes)
           }
           held.release()

@@ -39,7 +39,7 @@ it(`no block and no sampler is lost over ${operations} random operations`, async
       for (const hash of random() < 0.7 ? missing.hashes : []) {
         const bytes = stored.get(hash)
         if (bytes === undefined) break
-        missing.importLayers(oneBlock(missing.from + blocks), bytes, 0, crc32c(bytes, 0))
+        missing.blocks.take(oneBlock(missing.from + blocks), bytes, 0, crc32c(bytes, 0))
         blocks++
       }
       missing.accept(blocks)
@@ -56,7 +56,7 @@ it(`no block and no sampler is lost over ${operations} random operations`, async
       const tokens = new Int32Array(blockTokens).fill(-1)
       tokens.set(prompt.subarray(place * blockTokens, (place + 1) * blockTokens))
       const bytes = new Uint8Array(tokens.buffer)
-      engine.importLayers(id, oneBlock(place), bytes, 0, crc32c(bytes, 0))
+      engine.reserved(id).take(oneBlock(place), bytes, 0, crc32c(bytes, 0))
     }
     generation.prefillDone = true
     generation.tokens.forEach((tokens, choice) => tokens.push(fakeToken(prompt, { seed: sampling.seed, choice })))
@@ -94,7 +94,7 @@ it(`no block and no sampler is lost over ${operations} random operations`, async
       const { from, hashes } = engine.missingBlocks(id)
       const bytes = hashes[0] === undefined ? undefined : stored.get(hashes[0])
       if (bytes === undefined) return false
-      engine.importLayers(id, oneBlock(from), bytes, 0, crc32c(bytes, 0))
+      engine.reserved(id).take(oneBlock(from), bytes, 0, crc32c(bytes, 0))
       return engine.acceptPrefix(id, from, 1)
     },
     cancel: () => {
@@ -126,7 +126,7 @@ it(`no block and no sampler is lost over ${operations} random operations`, async
       const found = engine.hold(engine.blocks.knownHashes().filter(() => random() < 0.3))
       found.hashes.forEach((hash, place) => {
         const bytes = new Uint8Array(kernels.info.blockBytes)
-        found.writeOf([place])(oneBlock(0), bytes, 0, 0)
+        found.at([place]).write(oneBlock(0), bytes, 0, 0)
         stored.set(hash, bytes)
       })
       held.push(found)

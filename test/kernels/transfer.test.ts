@@ -6,7 +6,7 @@ import { setFlagsFromString } from "node:v8"
 import { runInNewContext } from "node:vm"
 import fc from "fast-check"
 import { afterAll, beforeAll, describe, expect, test } from "vitest"
-import { bestInstructionSet, crc32c, Engine, instructionSets, kvBytes, type Batch, type EngineOptions, type InstructionSet, type KvDtype } from "../../kernels/index.ts"
+import { bestInstructionSet, crc32c, Engine, instructionSets, kvBytes, kvDtypes, type Batch, type EngineOptions, type InstructionSet, type KvDtype } from "../../kernels/index.ts"
 import { greedy, upTo } from "../support/engine-runs.ts"
 import { randomNumbers, writeTinyModel, type TinyModelOptions } from "../support/tiny-model.ts"
 
@@ -209,6 +209,93 @@ describe.each(shapes)("layers of blocks of %i tokens, heads of %i dimensions, %i
       }
       expect(engine.importLayers(blocks, 0, 2, bytes, 0, 1, crc)).toBe(true)
     }
+  })
+})
+
+describe.each(kvDtypes)("layers from pool to pool, %s", (kvDtype) => {
+  const model: TinyModelOptions = { layers: 3, headDim: 24, kvHeads: 2 }
+
+  test("are the bytes that an export and an import would bring, and nothing else changes", async () => {
+    const [from, to] = [await load({ model, kvDtype }), await load({ model, kvDtype, blocks: 9, isa: "reference" })]
+    const { blockBytes, layerBlockBytes } = from.info
+    for (const engine of [from, to]) upTo(engine.info.blocks).forEach((block) => engine.importBlock(block, randomBytes(blockBytes, engine.info.blocks + block)))
+    const bytesOf = (engine: Engine, block: number, layer: number) => {
+      const bytes = new Uint8Array(layerBlockBytes)
+      engine.exportLayers(Int32Array.of(block), layer, 1, bytes, 0, 0)
+      return bytes
+    }
+    const all = (engine: Engine) => upTo(engine.info.blocks).map((block) => upTo(3).map((layer) => bytesOf(engine, block, layer)))
+    const [source, expected] = [all(from), all(to)]
+    expect(to.canCopy(from)).toBe(true)
+    const goals = [8, 0, 3, 4]
+    ;[15, 2, 2, 9].forEach((block, i) => [1, 2].forEach((layer) => (expected[goals[i]!]![layer] = source[block]![layer]!)))
+    to.copyLayers(from, Int32Array.of(15, 2, 2, 9), 1, 2, Int32Array.from(goals))
+    to.copyLayers(from, new Int32Array(0), 0, 3, new Int32Array(0))
+    expect(all(to)).toEqual(expected)
+    // Within a pool.
+    to.copyLayers(to, Int32Array.of(8, 1), 0, 1, Int32Array.of(7, 1))
+    expected[7]![0] = expected[8]![0]!
+    expect(all(to)).toEqual(expected)
+    expect(all(from)).toEqual(source)
+    await Promise.all([from.close(), to.close()])
+  })
+
+  test("may be copied while the step that has computed them goes on", async () => {
+    const [from, to] = [await load({ model, kvDtype }), await load({ model, kvDtype })]
+    const blocks = Int32Array.of(5, 1, 9)
+    const batch = { tokens: Int32Array.from(upTo(48)), segments: Int32Array.of(48, 0, 0, 3), blockTables: blocks, outputs: new Int32Array(0) }
+    await from.step(batch, (layer) => to.copyLayers(from, blocks, layer, 1, Int32Array.of(0, 1, 2)))
+    const whole = (engine: Engine, of: Int32Array) => engine.exportLayers(of, 0, 3, new Uint8Array(3 * engine.info.blockBytes), 0, 0)
+    expect(whole(to, Int32Array.of(0, 1, 2))).toBe(whole(from, blocks))
+    await Promise.all([from.close(), to.close()])
+  })
+})
+
+describe("layers that cannot be copied", () => {
+  let from: Engine
+  let to: Engine
+  beforeAll(async () => {
+    from = await load({ blocks: 4 }) // two layers
+    to = await load({ blocks: 3 })
+  })
+  afterAll(() => Promise.all([from.close(), to.close()]))
+
+  type Arguments = [from: Engine, fromBlocks: Int32Array, firstLayer: number, layers: number, blocks: Int32Array]
+  const refusals: ReadonlyArray<readonly [string, (good: Arguments) => void, string]> = [
+    ["a block that is not there", (all) => (all[1][1] = 4), "fromBlocks[1]: 4 is not in 0 … 3"],
+    ["a block that is not here", (all) => (all[4][0] = 3), "blocks[0]: 3 is not in 0 … 2"],
+    ["a negative block", (all) => (all[4][1] = -1), "blocks[1]: -1 is not in 0 … 2"],
+    ["more blocks than there is room for", (all) => (all[4] = Int32Array.of(0)), "blocks: expected 2, found 1"],
+    ["blocks of another type", (all) => (all[1] = [0, 1] as unknown as Int32Array), "fromBlocks: expected an Int32Array"],
+    ["a first layer that is not there", (all) => (all[2] = 2), "firstLayer: 2 is not in 0 … 1"],
+    ["more layers than there are", (all) => (all[3] = 2), "layers: 2 is not in 1 … 1"],
+  ]
+  test.each(refusals)("%s", (_, spoil, message) => {
+    const all: Arguments = [from, Int32Array.of(3, 0), 1, 1, Int32Array.of(2, 1)]
+    to.copyLayers(...all)
+    spoil(all)
+    expect(() => to.copyLayers(...all)).toThrow(message)
+  })
+
+  test.each([
+    ["tokens of a block", { blockTokens: 8 }],
+    ["layers", { model: { layers: 3 } }],
+    ["heads", { model: { kvHeads: 1 } }],
+    ["a head's dimensions", { model: { headDim: 32 } }],
+    ["a KV type", { kvDtype: "int8" }],
+  ] as const)("from a pool of other %s", async (_, options) => {
+    const other = await load(options)
+    expect([to.canCopy(other), other.canCopy(to)]).toEqual([false, false])
+    expect(() => to.copyLayers(other, Int32Array.of(0), 0, 1, Int32Array.of(0))).toThrow("from: its blocks hold something else")
+    await other.close()
+  })
+
+  test("from what is no engine, from a closed one, and into a closed one", async () => {
+    const closed = await load({})
+    await closed.close()
+    for (const [one, other] of [[to, closed], [closed, to]] as const) expect(() => one.copyLayers(other, Int32Array.of(0), 0, 1, Int32Array.of(0))).toThrow("engine: it is closed")
+    expect(to.canCopy({})).toBe(false)
+    expect(() => to.copyLayers({} as Engine, Int32Array.of(0), 0, 1, Int32Array.of(0))).toThrow(TypeError)
   })
 })
 

@@ -172,9 +172,10 @@ void batches(const Setup& setup) {
   for (int threads : {2, 3, 5}) expect(results_of(*load(setup, threads), kSteps) == expected, "results differ from those of one thread");
 }
 
-// Layers leave while the step computes later ones, and are what is there in the end.
+// Layers leave while the step computes later ones, for the wire and for another pool, and are what is there in the end.
 void layer_events(const Setup& setup) {
   const auto engine = load(setup, 3);
+  const auto other = load(setup, 1);
   const int layers = engine->shape().layers;
   const size_t bytes = engine->layer_block_bytes();
   Crowd crowd(2);
@@ -189,6 +190,7 @@ void layer_events(const Setup& setup) {
       for (int layer = 0; layer < layers; ++layer) {
         events.await(layer);
         crcs[layer] = engine->export_layers({blocks.data(), blocks.size(), layer, 1}, early[layer].data(), 0);
+        other->copy_layers(*engine, {blocks.data(), blocks.size(), layer, 1}, blocks.data());
       }
     });
     expect(events.done() == layers, "not every layer was reported");
@@ -196,6 +198,7 @@ void layer_events(const Setup& setup) {
       std::vector<uint8_t> late(early[layer].size());
       expect(engine->export_layers({blocks.data(), blocks.size(), layer, 1}, late.data(), 0) == crcs[layer], "a checksum changed after the layer was reported");
       expect(late == early[layer], "a layer changed after it was reported");
+      expect(other->export_layers({blocks.data(), blocks.size(), layer, 1}, late.data(), 0) == crcs[layer], "a layer was copied before it was there");
     }
   }
 }
@@ -224,6 +227,7 @@ void transfers(const Setup& setup) {
         got = engine->import_layers({target.data(), target.size(), layer, 1}, wire.data() + 1 + layer * source.size() * bytes, got);
       }
       expect(got == crc, "the checksum of what was imported differs");
+      engine->copy_layers(*from, {source.data(), source.size(), 0, layers}, target.data());
       engine->copy_block(target[0], kFirstFreeBlock + 8);
       std::vector<uint8_t> back(source.size() * bytes * layers);
       const std::vector<int32_t> copied = {kFirstFreeBlock + 8, target[1], target[2], target[3]};

@@ -2,7 +2,7 @@
  * Kernels that draw a token from a hash of the KV they find, and of the sampler's parameters: a wrong table, a block that
  * was given to two sequences or never computed shows as a wrong token, or as an error right away.
  */
-import { crc32c, type Batch, type EngineInfo, type SamplerOptions, type StepResult } from "../../kernels/index.ts"
+import { crc32c, type Engine as Kernels, type Batch, type EngineInfo, type SamplerOptions, type StepResult } from "../../kernels/index.ts"
 import type { StepKernels } from "../../actors/engine/engine.ts"
 
 /** Drawn about once in 40 tokens. */
@@ -159,6 +159,15 @@ export class FakeKernels implements StepKernels {
     const { blockBytes } = this.info
     blocks.forEach((block, i) => this.#write(block, from.subarray(offset + i * blockBytes, offset + (i + 1) * blockBytes)))
     return crc32c(from.subarray(offset, offset + blocks.length * blockBytes), seed) === crc
+  }
+
+  /** Of another pool: never. */
+  canCopy(_from: object): _from is Kernels {
+    return false
+  }
+
+  copyLayers(): void {
+    throw new Error("there is nothing to copy from")
   }
 
   copyBlock(from: number, to: number): void {

@@ -8,7 +8,7 @@ import type { RunningWorker } from "../../actors/node/worker.ts"
 import { MemoryBus } from "../../actors/runtime/memory-bus.ts"
 import { readEnv } from "../../config/env.ts"
 import { loadTopology } from "../../config/load-topology.ts"
-import type { KvDtype } from "../../kernels/index.ts"
+import type { Engine as Kernels, KvDtype } from "../../kernels/index.ts"
 import { Cluster } from "./cluster.ts"
 import { FaultyBus, type FaultyBusOptions } from "./faulty-bus.ts"
 import { writeTinyModel, type TinyModelOptions } from "./tiny-model.ts"
@@ -22,6 +22,8 @@ export interface PairOptions extends FaultyBusOptions {
   readonly stores?: number
   /** Digest of the model as the prefill worker sees it. */
   readonly prefillDigest?: string
+  /** KV goes over the bus, as between processes, and not from pool to pool. */
+  readonly apart?: boolean
 }
 
 export interface StartedPair {
@@ -33,6 +35,8 @@ export interface StartedPair {
   readonly decode: RunningWorker
   stop(): Promise<void>
 }
+
+const copiesFromNobody = (_from: object): _from is Kernels => false
 
 export const startPair = async (options: PairOptions): Promise<StartedPair> => {
   const folder = mkdtempSync(join(tmpdir(), "penstock-pair-"))
@@ -54,7 +58,10 @@ export const startPair = async (options: PairOptions): Promise<StartedPair> => {
       namespace,
       env: readEnv(),
       buses: { control: bus, bulk: bus },
-      onWorker: (worker) => running.set(component.id, worker),
+      onWorker: (worker) => {
+        if (options.apart === true) worker.kernels.canCopy = copiesFromNobody
+        running.set(component.id, worker)
+      },
     }
     const ready = Deferred.makeUnsafe<void>()
     const run = runComponent(component, 1, context, Effect.asVoid(Deferred.succeed(ready, undefined)))

@@ -1,6 +1,7 @@
 // Device on the CUDA runtime, which is linked statically and finds the driver when it is first called.
 #include <cuda_runtime.h>
 
+#include <set>
 #include <stdexcept>
 
 #include "device.h"
@@ -38,6 +39,7 @@ class CudaDevice : public Device {
       throw std::runtime_error(place + ": found " + std::to_string(devices) + " CUDA device" + (devices == 1 ? "" : "s") +
                                (devices == 0 ? "" : ", cuda:0 … cuda:" + std::to_string(devices - 1)));
     }
+    facts_.number = number;
     facts_.name = place;
     cudaDeviceProp properties;
     check(cudaGetDeviceProperties(&properties, number), "read its properties");
@@ -140,6 +142,13 @@ class CudaDevice : public Device {
     enter();
     check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, of(stream)), "copy from it");
   }
+  void copy_from_peer(void* to, Device& peer, const void* from, size_t bytes, StreamHandle stream) override {
+    enter();
+    const int other = peer.facts().number;
+    // Where it is impossible, or done already, the copy succeeds all the same; the driver then takes the way that there is.
+    if (peers_.insert(other).second && cudaDeviceEnablePeerAccess(other, 0) != cudaSuccess) cudaGetLastError();
+    check(cudaMemcpyPeerAsync(to, number_, from, other, bytes, of(stream)), "copy from another device");
+  }
   void clear(void* memory, size_t bytes, StreamHandle stream) override {
     enter();
     check(cudaMemsetAsync(memory, 0, bytes, of(stream)), "clear memory");
@@ -199,6 +208,7 @@ class CudaDevice : public Device {
   }
 
   const int number_;
+  std::set<int> peers_;  // whose memory it was to get at
   DeviceFacts facts_;
 };
 

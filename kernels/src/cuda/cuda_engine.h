@@ -22,7 +22,9 @@ class CudaEngine : public Engine {
   uint32_t import_layers(const KvRange& range, const uint8_t* from, uint32_t seed) override {
     return staging_->import_layers(range, from, seed);
   }
-  void copy_block(int from, int to) override { staging_->copy_block(from, to); }
+  void copy_layers(Engine& from, const KvRange& range, const int32_t* to) override {
+    staging_->copy_layers(*dynamic_cast<CudaEngine&>(from).staging_, range, to);
+  }
   StepResult run(LayerProgress* progress) override;
 
   Device& gpu() { return *device_; }  // for tests

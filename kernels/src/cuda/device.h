@@ -15,6 +15,7 @@
 namespace penstock::cuda {
 
 struct DeviceFacts {
+  int number = 0;    // Devices of one number are one GPU, and each has the other's memory
   std::string name;  // as "cuda:0 (NVIDIA H100 80GB HBM3)"
   int compute_major = 0;
   int compute_minor = 0;
@@ -72,6 +73,8 @@ class Device {
   // The host's side is pinned memory.
   virtual void copy_to_device(void* to, const void* from, size_t bytes, StreamHandle stream) = 0;
   virtual void copy_to_host(void* to, const void* from, size_t bytes, StreamHandle stream) = 0;
+  // From the memory of a GPU of another number, on a stream of this one; what is there has to be there already.
+  virtual void copy_from_peer(void* to, Device& peer, const void* from, size_t bytes, StreamHandle stream) = 0;
   virtual void clear(void* memory, size_t bytes, StreamHandle stream) = 0;
   virtual void launch(const Launch& launch, StreamHandle stream) = 0;
 

@@ -38,15 +38,20 @@ uint64_t digest(const void* data, size_t bytes) {  // FNV-1a over words
 }  // namespace
 
 HostDevice::HostDevice(const HostDeviceOptions& options) : options_(options), random_(options.seed) {
-  facts_.name = "cuda:0 (a device of the host's)";
+  facts_.number = options.number;
+  facts_.name = "cuda:" + std::to_string(options.number) + " (a device of the host's)";
   facts_.compute_major = 8;
   facts_.compute_minor = 9;
   facts_.processors = 4;
   facts_.shared_bytes = kMostSharedBytes;
   facts_.total_bytes = facts_.free_bytes = options.total_bytes;
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  all_devices_.insert(this);
 }
 
 HostDevice::~HostDevice() {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  all_devices_.erase(this);
   for (FakeGraph* graph : graphs_) delete graph;
   for (FakeEvent* event : events_) delete event;
   for (FakeStream* stream : streams_) delete stream;
@@ -165,8 +170,11 @@ void HostDevice::check_range(const Allocations& allocations, const void* at, siz
 
 void HostDevice::open_memory(bool open) {
   const size_t page = page_bytes();
-  for (const auto& [at, allocation] : device_) {
-    mprotect(allocation.mapping, allocation.mapped - page, open ? PROT_READ | PROT_WRITE : PROT_NONE);
+  for (const HostDevice* device : all_devices_) {
+    if (device->facts_.number != facts_.number) continue;
+    for (const auto& [at, allocation] : device->device_) {
+      mprotect(allocation.mapping, allocation.mapped - page, open ? PROT_READ | PROT_WRITE : PROT_NONE);
+    }
   }
 }
 
@@ -331,6 +339,27 @@ void HostDevice::copy_to_host(void* to, const void* from, size_t bytes, StreamHa
   FakeStream& stream = stream_of(handle);
   if (!stream.capturing) std::memset(to, 0xa5, bytes);
   push_work(stream, [=] { std::memcpy(to, from, bytes); });
+}
+
+void HostDevice::copy_from_peer(void* to, Device& other, const void* from, size_t bytes, StreamHandle handle) {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  enter("copy_from_peer");
+  auto& peer = dynamic_cast<HostDevice&>(other);
+  if (peer.facts_.number == facts_.number) fail("copy from a peer: it is the same GPU");
+  check_range(device_, to, bytes, "copy from a peer, its goal");
+  peer.check_range(peer.device_, from, bytes, "copy from a peer, its source");
+  FakeStream& stream = stream_of(handle);
+  if (stream.capturing) fail("copies from a peer have no place in a graph of one device");
+  peer.open_memory(true);
+  const uint64_t source = digest(from, bytes);
+  peer.open_memory(false);
+  push_work(stream, [=, this, &peer] {
+    peer.open_memory(true);
+    const bool same = digest(from, bytes) == source;
+    std::memcpy(to, from, bytes);
+    peer.open_memory(false);
+    if (!same) fail("copy from a peer: its source was changed before it ran");
+  });
 }
 
 void HostDevice::clear(void* memory, size_t bytes, StreamHandle handle) {

@@ -3,7 +3,8 @@
 // - Streams do nothing until somebody waits for them; then operations of all streams run in an order that is drawn at random, of
 //   which only streams and events are kept. What counted on anything else reads what has not come yet.
 // - Device memory cannot be touched but while operations run, begins full of NaN, and ends at a page that is not there.
-// - The goal of a copy to the host is spoilt until the copy has run, and its source on the way to the device must not change.
+// - The goal of a copy to the host is spoilt until the copy has run, and its source on the way to the device must not change, nor
+//   that of a copy from another device.
 // - Every range is checked against what is allocated, every launch against the limits of a GPU, every handle against those that
 //   live; what is left over when the device goes is an error, and so is an allocation once `seal` has been called.
 #pragma once
@@ -25,6 +26,7 @@ struct HostDeviceOptions {
   uint32_t seed = 1;
   bool runs_kernels = true;
   int fails_at = -1;  // number of the call that answers with an error, from 0; -1: none does
+  int number = 0;
 };
 
 class HostDevice : public Device {
@@ -48,6 +50,7 @@ class HostDevice : public Device {
   void synchronise_event(EventHandle event) override;
   void copy_to_device(void* to, const void* from, size_t bytes, StreamHandle stream) override;
   void copy_to_host(void* to, const void* from, size_t bytes, StreamHandle stream) override;
+  void copy_from_peer(void* to, Device& peer, const void* from, size_t bytes, StreamHandle stream) override;
   void clear(void* memory, size_t bytes, StreamHandle stream) override;
   void launch(const Launch& launch, StreamHandle stream) override;
   void begin_capture(StreamHandle stream) override;
@@ -102,12 +105,14 @@ class HostDevice : public Device {
   void run_one(FakeStream& stream);
   template <class Done>
   void run_until(const char* what, Done done);
+  // Of all devices of its number, which are one GPU.
   void open_memory(bool open);
   void finish_all();
 
   const HostDeviceOptions options_;
   DeviceFacts facts_;
-  mutable std::recursive_mutex mutex_;  // calls come from several threads
+  static inline std::recursive_mutex mutex_;       // calls come from several threads, and devices get at each other's memory
+  static inline std::set<HostDevice*> all_devices_;
   std::mt19937 random_;
   Allocations device_, pinned_;
   size_t used_ = 0;

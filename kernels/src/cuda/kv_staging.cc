@@ -24,7 +24,7 @@ size_t KvStaging::device_bytes(const KvView& kv) {
   uint8_t* packed;
   int32_t* blocks;
   for (int i = 0; i < 2; ++i) arena.take(packed, pieces_together(kv) * kv.layer_block_bytes());
-  arena.take(blocks, kv.blocks);
+  arena.take(blocks, 2 * size_t(kv.blocks));
   return arena.used();
 }
 
@@ -32,14 +32,14 @@ KvStaging::KvStaging(Device& device, const KvView& kv, Crc32c crc32c)
     : device_(device), kv_(kv), crc32c_(crc32c), stream_(device, device.create_stream()) {
   const size_t bytes = pieces_together(kv) * kv.layer_block_bytes();
   memory_ = DeviceMemory(device, device.allocate(device_bytes(kv), "staging of KV"));
-  pinned_ = PinnedMemory(device, device.allocate_pinned(2 * bytes + kv.blocks * sizeof(int32_t), "staging of KV"));
+  pinned_ = PinnedMemory(device, device.allocate_pinned(2 * bytes + 2 * kv.blocks * sizeof(int32_t), "staging of KV"));
   Arena arena(&device, memory_.get());
   for (int i = 0; i < 2; ++i) {
     arena.take(slots_[i].packed, bytes);
     slots_[i].pinned = pinned_.as<uint8_t>() + i * bytes;
     slots_[i].done = Event(device, device.create_event());
   }
-  arena.take(blocks_, kv.blocks);
+  arena.take(blocks_, 2 * size_t(kv.blocks));
   pinned_blocks_ = reinterpret_cast<int32_t*>(pinned_.as<uint8_t>() + 2 * bytes);
 }
 
@@ -116,10 +116,43 @@ uint32_t KvStaging::import_layers(const KvRange& range, const uint8_t* from, uin
   return seed;
 }
 
-void KvStaging::copy_block(int from, int to) {
-  if (from == to) return;
-  cuda::copy_block({device_, stream_.get()}, kv_, from, to);
+void KvStaging::copy_layers(KvStaging& from, const KvRange& range, const int32_t* to) {
+  if (range.count == 0) return;
+  if (from.device_.facts().number == device_.facts().number) {
+    copy_here(from.kv_, range, to);
+  } else {
+    copy_from_peer(from, range, to);
+  }
   device_.synchronise(stream_.get());
+}
+
+void KvStaging::copy_here(const KvView& from, const KvRange& range, const int32_t* to) {
+  begin({to, range.count, range.first_layer, range.layers});
+  int32_t* pinned = pinned_blocks_ + kv_.blocks;
+  int32_t* sources = blocks_ + kv_.blocks;
+  std::copy(range.blocks, range.blocks + range.count, pinned);
+  device_.copy_to_device(sources, pinned, range.count * sizeof(int32_t), stream_.get());
+  copy_blocks({device_, stream_.get()}, from, kv_, {sources, blocks_, static_cast<int>(range.count), range.first_layer, range.layers});
+}
+
+// Each part is packed there while the one before it is on its way here.
+void KvStaging::copy_from_peer(KvStaging& peer, const KvRange& range, const int32_t* to) {
+  const KvRange goal = {to, range.count, range.first_layer, range.layers};
+  const size_t total = range.count * range.layers;
+  peer.begin(range);
+  begin(goal);
+  for (size_t first = 0, part = 0; first < total; first += pieces_together(kv_), ++part) {
+    Slot& there = peer.slots_[part % 2];
+    Slot& here = slots_[part % 2];
+    if (part >= 2) device_.synchronise_event(here.done.get());  // what both were filled with before is in the pool
+    pack_blocks({peer.device_, peer.stream_.get()}, peer.kv_, peer.move(range, first, there));
+    peer.device_.record(there.done.get(), peer.stream_.get());
+    peer.device_.synchronise_event(there.done.get());
+    const MoveArguments arguments = move(goal, first, here);
+    device_.copy_from_peer(here.packed, peer.device_, there.packed, arguments.pieces * kv_.layer_block_bytes(), stream_.get());
+    unpack_blocks({device_, stream_.get()}, kv_, arguments);
+    device_.record(here.done.get(), stream_.get());
+  }
 }
 
 }  // namespace penstock::cuda

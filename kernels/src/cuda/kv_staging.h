@@ -1,5 +1,6 @@
 // KV blocks on their way out of the device's pool and into it: packed side by side, through two pinned buffers, so that one part is
-// copied over the bus while the part before it goes into the message, or out of it.
+// copied over the bus while the part before it goes into the message, or out of it. To another pool of the same device they are
+// copied where they lie, and to one of another device packed, without the host's memory.
 #pragma once
 
 #include "../cpu/crc32c.h"
@@ -18,7 +19,7 @@ class KvStaging {
   // As Engine's. They return when all is done.
   uint32_t export_layers(const KvRange& range, uint8_t* into, uint32_t seed);
   uint32_t import_layers(const KvRange& range, const uint8_t* from, uint32_t seed);
-  void copy_block(int from, int to);
+  void copy_layers(KvStaging& from, const KvRange& range, const int32_t* to);
 
  private:
   struct Slot {
@@ -27,8 +28,10 @@ class KvStaging {
     Event done;
   };
   static size_t pieces_together(const KvView& kv);
-  // Brings the numbers of the blocks to the device.
+  // Brings the numbers of blocks to the device, where a kernel finds them.
   void begin(const KvRange& range);
+  void copy_here(const KvView& from, const KvRange& range, const int32_t* to);
+  void copy_from_peer(KvStaging& peer, const KvRange& range, const int32_t* to);
   MoveArguments move(const KvRange& range, size_t first, Slot& slot) const;
 
   Device& device_;
@@ -37,8 +40,8 @@ class KvStaging {
   Stream stream_;
   DeviceMemory memory_;
   PinnedMemory pinned_;
-  int32_t* blocks_;         // [blocks] of the device
-  int32_t* pinned_blocks_;  // [blocks]
+  int32_t* blocks_;         // [2, blocks] of the device: those that move, and where they go where that is this pool too
+  int32_t* pinned_blocks_;  // [2, blocks]
   Slot slots_[2];
 };
 

@@ -119,6 +119,15 @@ struct MoveArguments {
 };
 void pack_blocks(const Queue& queue, const KvView& kv, const MoveArguments& arguments);
 void unpack_blocks(const Queue& queue, const KvView& kv, const MoveArguments& arguments);
-void copy_block(const Queue& queue, const KvView& kv, int from, int to);
+
+// From a pool to another of the same device, or within one, whose blocks hold the same.
+struct CopyArguments {
+  const int32_t* from;  // [count]
+  const int32_t* to;    // [count]
+  int count;
+  int first_layer;
+  int layers;
+};
+void copy_blocks(const Queue& queue, const KvView& from, const KvView& to, const CopyArguments& arguments);
 
 }  // namespace penstock::cuda

@@ -57,8 +57,9 @@ void unpack_blocks(const Queue& queue, const KvView& kv, const MoveArguments& a)
          a.count, a.first_layer, a.first, static_cast<uint4*>(a.packed));
 }
 
-void copy_block(const Queue& queue, const KvView& kv, int from, int to) {
-  launch(queue.device, queue.stream, "copy_block", copy_block_kernel, {static_cast<unsigned>(kv.layers)}, {kRowThreads}, 0, kv, from, to);
+void copy_blocks(const Queue& queue, const KvView& from, const KvView& to, const CopyArguments& a) {
+  launch(queue.device, queue.stream, "copy_blocks", copy_blocks_kernel, {static_cast<unsigned>(a.count * a.layers)}, {kRowThreads}, 0, from, to,
+         a.from, a.to, a.count, a.first_layer);
 }
 
 }  // namespace penstock::cuda

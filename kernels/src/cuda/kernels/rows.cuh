@@ -230,12 +230,15 @@ __global__ void move_blocks_kernel(const KvView kv, const int32_t* __restrict__ 
   }
 }
 
-// blockIdx.x: layer.
-__global__ void copy_block_kernel(const KvView kv, int from, int to) {
+// blockIdx.x: one layer of one block, counted [layer][block].
+__global__ void copy_blocks_kernel(const KvView from, const KvView to, const int32_t* __restrict__ sources, const int32_t* __restrict__ goals,
+                                   int count, int first_layer) {
   begin_kernel();
-  const uint4* source = reinterpret_cast<const uint4*>(kv.base + kv.piece(blockIdx.x, from, 0, 0));
-  uint4* goal = reinterpret_cast<uint4*>(kv.base + kv.piece(blockIdx.x, to, 0, 0));
-  for (size_t i = threadIdx.x; i < kv.layer_block_bytes() / sizeof(uint4); i += kRowThreads) goal[i] = source[i];
+  const int layer = first_layer + blockIdx.x / count;
+  const int place = blockIdx.x % count;
+  const uint4* source = reinterpret_cast<const uint4*>(from.base + from.piece(layer, sources[place], 0, 0));
+  uint4* goal = reinterpret_cast<uint4*>(to.base + to.piece(layer, goals[place], 0, 0));
+  for (size_t i = threadIdx.x; i < to.layer_block_bytes() / sizeof(uint4); i += kRowThreads) goal[i] = source[i];
 }
 
 }  // namespace penstock::cuda

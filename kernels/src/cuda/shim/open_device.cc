@@ -1,4 +1,4 @@
-// The device of the host's as the only one that there is, for the addon that tests load instead of the GPU's.
+// Two devices of the host's as all that there are, for the addon that tests load instead of the GPUs'.
 #include <stdexcept>
 
 #include "../host_device.h"
@@ -6,8 +6,10 @@
 namespace penstock::cuda {
 
 std::unique_ptr<Device> open_device(int number) {
-  if (number != 0) throw std::runtime_error("cuda:" + std::to_string(number) + ": found 1 CUDA device, cuda:0");
-  return std::make_unique<HostDevice>();
+  if (number > 1) throw std::runtime_error("cuda:" + std::to_string(number) + ": found 2 CUDA devices, cuda:0 … cuda:1");
+  HostDeviceOptions options;
+  options.number = number;
+  return std::make_unique<HostDevice>(options);
 }
 
 }  // namespace penstock::cuda

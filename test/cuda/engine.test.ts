@@ -8,6 +8,8 @@ import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { afterAll, beforeAll, describe, expect, test } from "vitest"
 import { deviceFacts, Engine, kvDtypes, type EngineOptions } from "../../kernels/index.ts"
+import { importAwq } from "../../gateway/import/import-awq.ts"
+import { writeAwqFolder } from "../support/awq-folder.ts"
 import { firstDifference, greedy, sequenceLogits, stepLogits, upTo } from "../support/engine-runs.ts"
 import { realModelPath } from "../support/model.ts"
 import { readReferenceFile, referenceLogits, relativeError } from "../support/reference-forward.ts"
@@ -36,6 +38,9 @@ const floats = (row: Buffer): Float32Array => new Float32Array(row.buffer, row.b
 
 /** Of two logits the exact forward must lead by this for the device to have to agree. */
 const leastLead = 0.6
+
+const expectClose = (rows: ReadonlyArray<Buffer>, exact: ReadonlyArray<Float64Array>): void =>
+  rows.forEach((row, n) => expect(relativeError(floats(row), exact[n]!), `position ${n}`).toBeLessThan(0.02))
 
 /** Every position whose lead is clear has the exact forward's token; how many were clear. */
 const expectFollows = (rows: ReadonlyArray<Buffer>, exact: ReadonlyArray<{ readonly argmax: number; readonly gap: number }>): number => {
@@ -71,9 +76,19 @@ describe.each(Object.entries(models))("a tiny model in %s", (_, model) => {
     const rows = await sequenceLogits(engine, tokens, [3, 1, 2], [31, 40])
     const exact = referenceLogits(readReferenceFile(path), tokens)
     expect(expectFollows(rows, exact.map(leadOf))).toBeGreaterThan(10)
-    rows.forEach((row, n) => expect(relativeError(floats(row), exact[n]!), `position ${n}`).toBeLessThan(0.02))
+    expectClose(rows, exact)
     await engine.close()
   })
+})
+
+test("a folder in AWQ, imported, is close to an exact forward in Hugging Face's rotation", async () => {
+  const unpermuted = await writeAwqFolder(join(folder, "awq"), { tied: false })
+  const path = join(folder, "imported.gguf")
+  await importAwq(join(folder, "awq"), path)
+  const engine = await load({ path })
+  const tokens = someTokens(40, engine.info.vocabulary)
+  expectClose(await sequenceLogits(engine, tokens, [3, 1, 2], [31, 40]), referenceLogits(readReferenceFile(unpermuted), tokens, { halves: true }))
+  await engine.close()
 })
 
 describe.each(kvDtypes)("KV in %s", (kvDtype) => {

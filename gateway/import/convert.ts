@@ -44,8 +44,12 @@ const halfOfBits = (bits: number, value: number): number => {
   return sign | (Math.abs(value) * 2 ** 24 + 2 ** 52 - 2 ** 52)
 }
 
-const floatBits = (piece: Uint8Array, dtype: string): Uint32Array =>
-  dtype === "BF16" ? Uint32Array.from(new Uint16Array(piece.buffer), (half) => half << 16) : new Uint32Array(piece.buffer)
+const floatBits = (piece: Uint8Array, dtype: string): Uint32Array => {
+  if (dtype !== "BF16") return new Uint32Array(piece.buffer)
+  const bits = new Uint32Array(piece.length / 2)
+  new Uint16Array(piece.buffer).forEach((half, i) => (bits[i] = half << 16))
+  return bits
+}
 
 /**
  * BF16 or F32 to F16. A BF16 of 2^-14 … 65504 is exact; smaller ones lose bits.
@@ -53,13 +57,12 @@ const floatBits = (piece: Uint8Array, dtype: string): Uint32Array =>
  */
 export const toHalves = (dtype: string): Convert => (piece) => {
   const bits = floatBits(piece, dtype)
-  const values = new Float32Array(bits.buffer)
-  return new Uint8Array(
-    Uint16Array.from(values, (value, i) => {
-      if (!(Math.abs(value) < 65520)) throw new RangeError(`expected numbers that F16 can hold, found ${value}`)
-      return halfOfBits(bits[i]!, value)
-    }).buffer,
-  )
+  const halves = new Uint16Array(bits.length)
+  new Float32Array(bits.buffer).forEach((value, i) => {
+    if (!(Math.abs(value) < 65520)) throw new RangeError(`expected numbers that F16 can hold, found ${value}`)
+    halves[i] = halfOfBits(bits[i]!, value)
+  })
+  return new Uint8Array(halves.buffer)
 }
 
 const floatOfHalf = (half: number): number => {

@@ -3,6 +3,8 @@ import { join } from "node:path"
 import { showFound, valueAt } from "../../config/problem.ts"
 import { ImportError } from "./import-error.ts"
 
+const mostOfAnything = 2 ** 24
+
 /** A JSON file of a Hugging Face folder, whose values are checked as they are read. A key is a path: `quantization_config.bits`. */
 export class JsonFile {
   readonly name: string
@@ -55,10 +57,11 @@ export class JsonFile {
     if (!allowed.includes(found as string)) this.refuse(key, allowed.map((value) => (value === undefined ? "nothing" : JSON.stringify(value))).join(" or "))
   }
 
-  /** A whole number from 1 on. */
+  /** A whole number from 1 up to what the kernels take of anything (kernels/src/model.cc). */
   count(key: string, fallback?: number): number {
     const found = this.get(key) ?? fallback
-    return Number.isSafeInteger(found) && (found as number) > 0 ? (found as number) : this.refuse(key, "a whole number from 1 on")
+    const isCount = Number.isInteger(found) && (found as number) > 0 && (found as number) <= mostOfAnything
+    return isCount ? (found as number) : this.refuse(key, `a whole number in 1 … ${mostOfAnything}`)
   }
 
   positive(key: string, fallback?: number): number {

@@ -43,7 +43,7 @@ const tensorsOf = async (folder: string, name: string): Promise<ReadonlyArray<Sa
     const { buffer } = await file.read(new Uint8Array(headerBytes), 0, headerBytes, 8)
     let header: Readonly<Record<string, { readonly dtype?: unknown; readonly shape?: unknown; readonly data_offsets?: unknown } | null>> = {}
     try {
-      header = JSON.parse(Buffer.from(buffer).toString("utf8"))
+      header = JSON.parse(Buffer.from(buffer).toString("utf8")) ?? {}
     } catch {
       fail("expected a header in JSON")
     }

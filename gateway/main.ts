@@ -23,6 +23,7 @@ const usage = `Usage: npm run -s penstock -- COMMAND
   status --nats URL [--json]                          what a cluster shall run, and what runs where
   drain NODE|WORKER --nats URL [--undo]               take a node or a worker of a cluster out of use
   pull MODEL                                          fetch a model and print its path
+  import FOLDER FILE.gguf                             make a model file of a Hugging Face folder in AWQ
   nats-permissions [--cluster NAME] [--keys FOLDER] [--json]
                                                       print users for a NATS server's configuration, one for each kind of process
   bench bus|kv [--json]                               measure the bus, or what moving KV costs
@@ -98,6 +99,17 @@ const pull = async (models: ReadonlyArray<string>): Promise<number> => {
   if (name === undefined || models.length > 1) throw new UsageError("pull: expected one model")
   const model = await fetchModel(parseModel(name, process.cwd()), fetchOptions(readEnv()))
   process.stdout.write(`${model.path}\n`)
+  return 0
+}
+
+const importFolder = async (places: ReadonlyArray<string>): Promise<number> => {
+  const [folder, file] = places
+  if (folder === undefined || file === undefined || places.length > 2) throw new UsageError("import: expected a folder and the file to make of it")
+  const [{ importAwq }, { ImportError }] = await Promise.all([import("./import/import-awq.ts"), import("./import/import-error.ts")])
+  const stop = new AbortController()
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.once(signal, () => stop.abort(new ImportError(`${signal}: ${file} was not made`)))
+  for (const note of await importAwq(folder, file, stop.signal)) process.stderr.write(`${note}\n`)
+  process.stdout.write(`${resolve(file)}\n`)
   return 0
 }
 
@@ -183,6 +195,8 @@ const main = async (args: ReadonlyArray<string>): Promise<number> => {
       return natsPermissions(values)
     case "pull":
       return pull(rest)
+    case "import":
+      return importFolder(rest)
     case undefined:
       throw new UsageError("expected a command")
     default:

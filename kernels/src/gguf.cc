@@ -184,12 +184,6 @@ GgufValue read_value(const GgufFile& file, Cursor& cursor, const std::string& pl
   return value;
 }
 
-std::string shape_text(const GgufTensor& tensor) {
-  std::string out = "[";
-  for (uint32_t d = 0; d < tensor.dims; d++) out += (d > 0 ? ", " : "") + std::to_string(tensor.shape[d]);
-  return out + "]";
-}
-
 // Sets bytes and data of a tensor whose offset counts from `data_start`.
 void place_tensor(const GgufFile& file, GgufTensor& tensor, const uint8_t* base, uint64_t data_start, uint64_t offset,
                   uint64_t alignment, const std::string& place) {
@@ -237,6 +231,12 @@ const char* gguf_type_name(GgufType type) {
                                       "bool", "string", "array", "u64", "i64", "f64"};
   const uint32_t id = static_cast<uint32_t>(type);
   return id < sizeof names / sizeof *names ? names[id] : "unknown type";
+}
+
+std::string shape_text(const GgufTensor& tensor) {
+  std::string out = "[";
+  for (uint32_t d = 0; d < tensor.dims; d++) out += (d > 0 ? ", " : "") + std::to_string(tensor.shape[d]);
+  return out + "]";
 }
 
 GgufFile::GgufFile(std::string path) : path_(std::move(path)) {

@@ -27,6 +27,7 @@ enum class TensorType : uint32_t {
   Q4_K = 12,
   Q5_K = 13,
   Q6_K = 14,
+  I32 = 26,  // words of AWQ (awq.h)
   BF16 = 30,
 };
 
@@ -79,6 +80,9 @@ struct GgufTensor {
   const uint8_t* data;   // in the mapping, aligned to general.alignment (at least 8); null where the type is not known
   uint64_t bytes;        // shape[3] * shape[2] * shape[1] rows of shape[0] weights; 0 where the type is not known
 };
+
+// "[64, 320]"
+std::string shape_text(const GgufTensor& tensor);
 
 class GgufFile {
  public:

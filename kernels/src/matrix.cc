@@ -1,5 +1,6 @@
 #include "matrix.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -181,12 +182,22 @@ BlockPlace place_of(BlockFormat format, int b) {
   return {record + index * format.level_bytes(), record + format.record_blocks() * format.level_bytes(), index};
 }
 
-void pack_blocks(const GgufFile& file, const GgufTensor& tensor, const Matrix& matrix, int first, int count, uint8_t* into) {
+FileBlock read_awq_block(const AwqMatrix& awq, int output, int b) {
+  FileBlock block = {};
+  const int group = b * kBlock / kAwqGroup;
+  block.scale = awq.scale(group, output);
+  block.offset = half_of_float(-static_cast<float>(awq.zero(group, output)) * float_of_half(block.scale));
+  for (int i = 0; i < kBlock; ++i) block.levels[i] = static_cast<uint8_t>(awq.level(b * kBlock + i, output));
+  return block;
+}
+
+// `read` gives block b of an output.
+template <class Read>
+void pack_blocks(const GgufFile& file, const GgufTensor& tensor, const Matrix& matrix, int first, int count, uint8_t* into, Read read) {
   const BlockFormat format = block_format(matrix.type);
   for (int o = 0; o < count; ++o) {
-    const uint8_t* row = tensor.data + tensor.bytes / matrix.outputs * (first + o);
     for (int b = 0; b < matrix.blocks(); ++b) {
-      const FileBlock block = read_file_block(matrix.type, row, b);
+      const FileBlock block = read(first + o, b);
       if (!finite_half(block.scale) || !finite_half(block.offset)) not_finite(file, tensor, first + o);
       const BlockPlace place = place_of(format, b);
       put_levels(format.bits, block.levels, into + place.levels, o);
@@ -227,15 +238,34 @@ Matrix describe_matrix(const GgufFile& file, const GgufTensor& tensor) {
   return matrix;
 }
 
+Matrix describe_matrix(const AwqMatrix& awq, AwqForm form) {
+  Matrix matrix;
+  matrix.type = TensorType::Q4_1;
+  matrix.inputs = awq.inputs;
+  matrix.outputs = awq.outputs;
+  matrix.panels = (matrix.outputs + kPanel - 1) / kPanel;
+  if (form == AwqForm::AsInFile) matrix.awq = awq;
+  else matrix.panel_bytes = matrix.blocks() * block_format(matrix.type).record_bytes();
+  return matrix;
+}
+
 void pack_panel(const GgufFile& file, const GgufTensor& tensor, const Matrix& matrix, int panel) {
   uint8_t* into = matrix.data + panel * matrix.panel_bytes;  // zero so far, so the padding is
   const int first = panel * kPanel;
-  const int count = matrix.outputs - first < kPanel ? matrix.outputs - first : kPanel;
+  const int count = std::min(kPanel, matrix.outputs - first);
   if (matrix.quantised()) {
-    pack_blocks(file, tensor, matrix, first, count, into);
+    pack_blocks(file, tensor, matrix, first, count, into, [&](int output, int b) {
+      return read_file_block(matrix.type, tensor.data + tensor.bytes / matrix.outputs * output, b);
+    });
   } else {
     pack_floats(file, tensor, matrix, first, count, into);
   }
+}
+
+void pack_panel(const GgufFile& file, const GgufTensor& scales, const AwqMatrix& awq, const Matrix& matrix, int panel) {
+  const int first = panel * kPanel;
+  pack_blocks(file, scales, matrix, first, std::min(kPanel, matrix.outputs - first), matrix.data + panel * matrix.panel_bytes,
+              [&](int output, int b) { return read_awq_block(awq, output, b); });
 }
 
 Block read_block(const Matrix& matrix, const uint8_t* panel, int b, int o) {

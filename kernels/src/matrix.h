@@ -35,7 +35,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
+#include "awq.h"
 #include "gguf.h"
 
 namespace penstock {
@@ -81,6 +83,9 @@ constexpr BlockFormat block_format(TensorType type) {
   }
 }
 
+// What becomes of AWQ's matrices: Q4_1's packed form, or what they are in the file, for a device that has a form of their own.
+enum class AwqForm { Packed, AsInFile };
+
 struct Matrix {
   TensorType type = TensorType::F32;
   int outputs = 0;
@@ -88,6 +93,7 @@ struct Matrix {
   int panels = 0;
   size_t panel_bytes = 0;
   uint8_t* data = nullptr;  // [panels, panel_bytes]; belongs to the model
+  std::optional<AwqMatrix> awq;  // where it is left as the file has it, and not packed
 
   const uint8_t* panel(int index) const { return data + index * panel_bytes; }
   size_t bytes() const { return panels * panel_bytes; }
@@ -98,9 +104,13 @@ struct Matrix {
 
 // The matrix that a tensor becomes, without its data. Throws where the type is not supported.
 Matrix describe_matrix(const GgufFile& file, const GgufTensor& tensor);
+Matrix describe_matrix(const AwqMatrix& awq, AwqForm form);
 
 // Packs one panel into `matrix.data`. Throws on a scale that is not finite, as no result could be.
 void pack_panel(const GgufFile& file, const GgufTensor& tensor, const Matrix& matrix, int panel);
+// Of AWQ's, as Q4_1: an offset of -zero * scale, rounded to f16. That moves the weights of a group together, by at most 15 * scale
+// / 2^11, a 136th of a level, and by nothing where the zero is a power of two.
+void pack_panel(const GgufFile& file, const GgufTensor& scales, const AwqMatrix& awq, const Matrix& matrix, int panel);
 
 // What a block holds of one output: weight i = levels[i] * factors[i / 16] * scale + offset.
 struct Block {

@@ -15,12 +15,6 @@ namespace {
 
 constexpr const char* kArchitecture = "llama";
 
-std::string shape_text(const GgufTensor& tensor) {
-  std::string text = "[";
-  for (uint32_t i = 0; i < tensor.dims; ++i) text += (i == 0 ? "" : ", ") + std::to_string(tensor.shape[i]);
-  return text + "]";
-}
-
 // A dimension of the model under the architecture's prefix; the bound keeps all later products within int.
 int read_count(const GgufFile& file, const std::string& key, uint64_t most, const uint64_t* fallback = nullptr) {
   const uint64_t value = fallback == nullptr ? file.get_uint(key) : file.get_uint(key, *fallback);
@@ -32,7 +26,7 @@ int read_count(const GgufFile& file, const std::string& key, uint64_t most, cons
 
 }  // namespace
 
-Model::Model(const GgufFile& file, ThreadPool& pool) {
+Model::Model(const GgufFile& file, ThreadPool& pool, AwqForm awq) {
   read_shape(file);
   read_frequencies(file);
 
@@ -49,14 +43,14 @@ Model::Model(const GgufFile& file, ThreadPool& pool) {
     Layer& layer = layers_[i];
     const std::string block = "blk." + std::to_string(i) + ".";
     layer.attention_norm = read_norm(file, block + "attn_norm.weight");
-    describe(file, block + "attn_q.weight", query_size, s.hidden, layer.query);
-    describe(file, block + "attn_k.weight", kv_size, s.hidden, layer.key);
-    describe(file, block + "attn_v.weight", kv_size, s.hidden, layer.value);
-    describe(file, block + "attn_output.weight", s.hidden, query_size, layer.attention_output);
+    describe_either(file, block + "attn_q", query_size, s.hidden, layer.query, awq);
+    describe_either(file, block + "attn_k", kv_size, s.hidden, layer.key, awq);
+    describe_either(file, block + "attn_v", kv_size, s.hidden, layer.value, awq);
+    describe_either(file, block + "attn_output", s.hidden, query_size, layer.attention_output, awq);
     layer.feed_forward_norm = read_norm(file, block + "ffn_norm.weight");
-    describe(file, block + "ffn_gate.weight", s.feed_forward, s.hidden, layer.gate);
-    describe(file, block + "ffn_up.weight", s.feed_forward, s.hidden, layer.up);
-    describe(file, block + "ffn_down.weight", s.hidden, s.feed_forward, layer.down);
+    describe_either(file, block + "ffn_gate", s.feed_forward, s.hidden, layer.gate, awq);
+    describe_either(file, block + "ffn_up", s.feed_forward, s.hidden, layer.up, awq);
+    describe_either(file, block + "ffn_down", s.hidden, s.feed_forward, layer.down, awq);
   }
   refuse_unknown_tensors(file);
   pack(file, pool);
@@ -144,8 +138,21 @@ void Model::describe(const GgufFile& file, const std::string& name, int outputs,
               shape_text(tensor));
   }
   matrix = describe_matrix(file, tensor);
-  pending_.push_back({&tensor, &matrix});
+  pending_.push_back({&tensor, &matrix, {}});
   used_.push_back(tensor.name);
+}
+
+void Model::describe_either(const GgufFile& file, const std::string& name, int outputs, int inputs, Matrix& matrix, AwqForm form) {
+  if (!has_awq(file, name)) return describe(file, name + ".weight", outputs, inputs, matrix);
+  if (file.find(name + ".weight") != nullptr) {
+    file.fail("tensor " + name + ".weight: expected it or " + name + ".qweight, .qzeros and .scales, found both");
+  }
+  const AwqMatrix awq = read_awq(file, name, outputs, inputs);
+  matrix = describe_matrix(awq, form);
+  const GgufTensor& scales = file.tensor(name + ".scales");
+  if (form == AwqForm::Packed) pending_.push_back({&scales, &matrix, awq});
+  for (const char* part : {".qweight", ".qzeros"}) used_.push_back(file.tensor(name + part).name);
+  used_.push_back(scales.name);
 }
 
 const float* Model::read_norm(const GgufFile& file, const std::string& name) {
@@ -191,7 +198,10 @@ void Model::pack(const GgufFile& file, ThreadPool& pool) {
       try {
         const int first = static_cast<int>(int64_t{p.matrix->panels} * (task % 16) / 16);
         const int last = static_cast<int>(int64_t{p.matrix->panels} * (task % 16 + 1) / 16);
-        for (int panel = first; panel < last; ++panel) pack_panel(file, *p.tensor, *p.matrix, panel);
+        for (int panel = first; panel < last; ++panel) {
+          if (p.awq) pack_panel(file, *p.tensor, *p.awq, *p.matrix, panel);
+          else pack_panel(file, *p.tensor, *p.matrix, panel);
+        }
       } catch (...) {
         std::lock_guard<std::mutex> lock(error_mutex);
         error = std::current_exception();

@@ -1,6 +1,7 @@
 // A model's shape and weights, read from a GGUF file and packed once. Immutable after load.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,9 +41,10 @@ struct Layer {
 
 class Model {
  public:
-  // Reads and packs all weights, on the threads of `pool`. The file is not needed afterwards. Throws std::runtime_error
-  // naming the tensor or key where something is missing, of a wrong shape or type, or not known to the architecture.
-  Model(const GgufFile& file, ThreadPool& pool);
+  // Reads and packs all weights, on the threads of `pool`. The file is not needed afterwards, but where `awq` is AsInFile. Throws
+  // std::runtime_error naming the tensor or key where something is missing, of a wrong shape or type, or not known to the
+  // architecture.
+  Model(const GgufFile& file, ThreadPool& pool, AwqForm awq = AwqForm::Packed);
 
   const ModelShape& shape() const { return shape_; }
   const std::vector<Layer>& layers() const { return layers_; }
@@ -54,13 +56,16 @@ class Model {
  private:
   // A matrix of the file and where its description is to go; data follows when all are known.
   struct Pending {
-    const GgufTensor* tensor;
+    const GgufTensor* tensor;  // of AWQ's the scales
     Matrix* matrix;
+    std::optional<AwqMatrix> awq;
   };
 
   void read_shape(const GgufFile& file);
   void read_frequencies(const GgufFile& file);
   void describe(const GgufFile& file, const std::string& name, int outputs, int inputs, Matrix& matrix);
+  // A matrix of a layer: the tensor `name`.weight, or AWQ's three.
+  void describe_either(const GgufFile& file, const std::string& name, int outputs, int inputs, Matrix& matrix, AwqForm form);
   const float* read_norm(const GgufFile& file, const std::string& name);
   void refuse_unknown_tensors(const GgufFile& file) const;
   void pack(const GgufFile& file, ThreadPool& pool);

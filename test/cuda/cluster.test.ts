@@ -58,7 +58,10 @@ test.each(onGpu ? [["cuda:0", "cuda:0"]] : [["cuda:0", "cuda:0"], ["cuda:0", "cu
   await cluster.untilIdle()
 })
 
-test("prefill on a CPU and decode on a device, declared as such: KV streams between them, and the device goes on from it", async () => {
+// AWQ's matrices are Q4_1's on the CPU and their own on the device.
+const awq = { awq: true, hidden: 128, heads: 4, headDim: 32, ffn: 256, layers: 2 } as const
+
+test.each([{ name: "Q4_1", tiny }, { name: "AWQ", tiny: awq }])("prefill on a CPU and decode on a device, declared as such, of a model in $name: KV streams between them, and the device goes on from it", async ({ tiny }) => {
   cluster = await Cluster.start({ tiny, change: on(["cuda:0"]) })
   const onDevice = await generateAll(false)
   await cluster.stop()

@@ -8,9 +8,11 @@ import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { afterAll, beforeAll, describe, expect, test } from "vitest"
 import { crc32c, deviceFacts, Engine, kvDtypes, type EngineOptions } from "../../kernels/index.ts"
+import { importAwq } from "../../gateway/import/import-awq.ts"
+import { writeAwqFolder } from "../support/awq-folder.ts"
 import { firstDifference, greedy, sequenceLogits, stepLogits, upTo } from "../support/engine-runs.ts"
 import { realModelPath } from "../support/model.ts"
-import { readReferenceFile, referenceLogits } from "../support/reference-forward.ts"
+import { readReferenceFile, referenceLogits, relativeError } from "../support/reference-forward.ts"
 import { Sequence } from "../support/sequence.ts"
 import { randomNumbers, writeTinyModel, type TinyModelOptions } from "../support/tiny-model.ts"
 
@@ -39,6 +41,9 @@ const floats = (row: Buffer): Float32Array => new Float32Array(row.buffer, row.b
 /** Of two logits the exact forward must lead by this for the device to have to agree. */
 const leastLead = 0.6
 
+const expectClose = (rows: ReadonlyArray<Buffer>, exact: ReadonlyArray<Float64Array>): void =>
+  rows.forEach((row, n) => expect(relativeError(floats(row), exact[n]!), `position ${n}`).toBeLessThan(0.02))
+
 /** Every position whose lead is clear has the exact forward's token; how many were clear. */
 const expectFollows = (rows: ReadonlyArray<Buffer>, exact: ReadonlyArray<{ readonly argmax: number; readonly gap: number }>): number => {
   let clear = 0
@@ -61,6 +66,7 @@ const models: Readonly<Record<string, TinyModelOptions>> = {
   "F32, F16 and BF16": { types: { token_embd: "F16", attn_q: "F32", attn_k: "BF16", attn_v: "F16", attn_output: "BF16", ffn_gate: "F32", ffn_up: "F16", ffn_down: "F32" } },
   "Q4_0 and Q8_0": { types: { token_embd: "Q8_0", attn_q: "Q4_0", attn_k: "Q8_0", attn_v: "Q4_0", attn_output: "Q4_0", ffn_gate: "Q8_0", ffn_up: "Q4_0", ffn_down: "Q4_0" }, heads: 6, kvHeads: 2, hidden: 96, ffn: 160 },
   "Q4_1, Q5_0 and Q5_1": { types: { token_embd: "Q8_0", attn_q: "Q4_1", attn_k: "Q5_0", attn_v: "Q5_1", attn_output: "Q4_1", ffn_gate: "Q5_1", ffn_up: "Q5_0", ffn_down: "Q4_1" } },
+  "AWQ's three tensors": { awq: true, types: { token_embd: "F16" }, hidden: 128, heads: 4, kvHeads: 2, headDim: 32, ffn: 256 },
   "Q4_K, Q5_K and Q6_K": { types: { token_embd: "Q4_K", output: "Q6_K", attn_q: "Q4_K", attn_k: "Q5_K", attn_v: "Q6_K", attn_output: "Q4_K", ffn_gate: "Q4_K", ffn_up: "Q5_K", ffn_down: "Q6_K" }, ...superBlocks },
 }
 
@@ -72,14 +78,19 @@ describe.each(Object.entries(models))("a tiny model in %s", (_, model) => {
     const rows = await sequenceLogits(engine, tokens, [3, 1, 2], [31, 40])
     const exact = referenceLogits(readReferenceFile(path), tokens)
     expect(expectFollows(rows, exact.map(leadOf))).toBeGreaterThan(10)
-    rows.forEach((row, n) => {
-      const mean = exact[n]!.reduce((sum, value) => sum + value, 0) / exact[n]!.length
-      const spread = exact[n]!.reduce((sum, value) => sum + (value - mean) ** 2, 0)
-      const error = exact[n]!.reduce((sum, value, id) => sum + (value - floats(row)[id]!) ** 2, 0)
-      expect(Math.sqrt(error / spread), `position ${n}`).toBeLessThan(0.02)
-    })
+    expectClose(rows, exact)
     await engine.close()
   })
+})
+
+test("a folder in AWQ, imported, is close to an exact forward in Hugging Face's rotation", async () => {
+  const unpermuted = await writeAwqFolder(join(folder, "awq"), { tied: false })
+  const path = join(folder, "imported.gguf")
+  await importAwq(join(folder, "awq"), path)
+  const engine = await load({ path })
+  const tokens = someTokens(40, engine.info.vocabulary)
+  expectClose(await sequenceLogits(engine, tokens, [3, 1, 2], [31, 40]), referenceLogits(readReferenceFile(unpermuted), tokens, { halves: true }))
+  await engine.close()
 })
 
 describe.each(kvDtypes)("KV in %s", (kvDtype) => {

@@ -88,7 +88,7 @@ const cached = (file: string): Counts | undefined => {
 const main = async (): Promise<Counts> => {
   const gpu = hasGpu()
   const toolkit = fetchToolkit(say)
-  const digest = sourcesDigest(toolkit, ["kernels", "test/cuda", "test/support", "test/fixtures", "config/cuda-build.mjs", "package-lock.json"])
+  const digest = sourcesDigest(toolkit, ["kernels", "gateway/import", "test/cuda", "test/support", "test/fixtures", "config/cuda-build.mjs", "package-lock.json"])
   const file = join(readEnv().home, "cuda", "results", `${digest}${gpu ? "-gpu" : ""}.json`)
   const before = cached(file)
   if (before !== undefined) return tell(`The same sources and compilers have passed before (${file})`, before)

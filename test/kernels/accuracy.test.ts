@@ -12,7 +12,7 @@ import { afterAll, beforeAll, describe, expect, test } from "vitest"
 import { Engine, type KvDtype } from "../../kernels/index.ts"
 import type { TensorTypeName } from "../support/gguf-writer.ts"
 import { realModelPath } from "../support/model.ts"
-import { readReferenceFile, referenceLogits } from "../support/reference-forward.ts"
+import { readReferenceFile, referenceLogits, relativeError } from "../support/reference-forward.ts"
 import { Sequence } from "../support/sequence.ts"
 import { writeTinyModel, type TinyModelOptions } from "../support/tiny-model.ts"
 
@@ -24,7 +24,7 @@ beforeAll(async () => {
 
 afterAll(() => rm(folder, { recursive: true }))
 
-/** Root mean square of the logits' error over the standard deviation of the reference's, of 48 positions, ascending. */
+/** `relativeError` of 48 positions, ascending. */
 interface Errors {
   readonly exact: ReadonlyArray<number>
   /** Against the reference with the engine's roundings, which leaves the kernels' own errors. */
@@ -45,14 +45,7 @@ const relativeErrors = async (options: TinyModelOptions, kvDtype: KvDtype = "f16
     for (let row = 0; row < chunk.length; row++) rows.push(logits!.subarray(row * vocabulary, (row + 1) * vocabulary))
   }
   await engine.close()
-  const errorsTo = (expected: ReadonlyArray<Float64Array>): Array<number> =>
-    expected
-      .map((row, n) => {
-        const mean = row.reduce((sum, value) => sum + value, 0) / vocabulary
-        const spread = row.reduce((sum, value) => sum + (value - mean) ** 2, 0)
-        return Math.sqrt(row.reduce((sum, value, id) => sum + (value - rows[n]![id]!) ** 2, 0) / spread)
-      })
-      .sort((x, y) => x - y)
+  const errorsTo = (expected: ReadonlyArray<Float64Array>): Array<number> => expected.map((row, n) => relativeError(rows[n]!, row)).sort((x, y) => x - y)
   const file = readReferenceFile(path)
   return { exact: errorsTo(referenceLogits(file, tokens)), rounded: errorsTo(referenceLogits(file, tokens, { rounded: true, kvDtype })) }
 }

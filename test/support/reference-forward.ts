@@ -10,6 +10,7 @@
  */
 import { readFileSync } from "node:fs"
 import type { KvDtype } from "../../kernels/index.ts"
+import { awqWeights, i32 } from "./awq.ts"
 import { tensorTypeIds, type TensorTypeName } from "./gguf-writer.ts"
 import { codecs, dequantise, halfOfNumber, numberOfHalf } from "./quantise.ts"
 
@@ -66,12 +67,25 @@ export const readReferenceFile = (path: string): ReferenceFile => {
   const alignment = Number(metadata.get("general.alignment") ?? 32)
   const start = Math.ceil(at / alignment) * alignment
   const tensors = new Map<string, Tensor>()
+  const awq = new Map<string, { readonly shape: ReadonlyArray<number>; readonly bytes: Uint8Array }>()
   for (const { name, shape, id, offset } of infos) {
+    if (id === i32) {
+      awq.set(name, { shape, bytes: file.subarray(start + offset, start + offset + shape[0]! * shape[1]! * 4) })
+      continue
+    }
     const type = (Object.keys(tensorTypeIds) as Array<TensorTypeName>).find((key) => tensorTypeIds[key] === id)
     if (type === undefined) throw new Error(`${name}: the reference has no decoder of type ${id}`)
     const count = shape.reduce((a, b) => a * b, 1)
     const bytes = (count / codecs[type].weights) * codecs[type].bytes
     tensors.set(name, { type, shape, bytes: file.subarray(start + offset, start + offset + bytes) })
+  }
+  // AWQ's three tensors are one of the weights they stand for.
+  for (const [part, { shape: [words, inputs], bytes: qweight }] of awq) {
+    if (!part.endsWith(".qweight")) continue
+    const name = part.replace(".qweight", "")
+    const outputs = 8 * words!
+    const weights = awqWeights({ qweight, qzeros: awq.get(`${name}.qzeros`)!.bytes, scales: tensors.get(`${name}.scales`)!.bytes }, { outputs, inputs: inputs! })
+    tensors.set(`${name}.weight`, { type: "F32", shape: [inputs!, outputs], bytes: new Uint8Array(weights.buffer) })
   }
   return { metadata, tensors }
 }
@@ -121,14 +135,15 @@ const rmsNorm = (tensor: Tensor, epsilon: number, xs: ReadonlyArray<Float64Array
   })
 }
 
-/** Rotates the pairs (2i, 2i+1) of each head by position / base^(2i / dims), in place. */
-const rotate = (x: Float64Array, position: number, headDim: number, dims: number, base: number): void => {
+/** Rotates pair i of each head by position / base^(2i / dims), in place: (2i, 2i+1), or of Hugging Face's halves (i, i + dims / 2). */
+const rotate = (x: Float64Array, position: number, headDim: number, dims: number, base: number, halves: boolean): void => {
   for (let head = 0; head < x.length; head += headDim) {
-    for (let i = 0; i < dims; i += 2) {
-      const angle = position * base ** (-i / dims)
-      const [a, b] = [x[head + i]!, x[head + i + 1]!]
-      x[head + i] = a * Math.cos(angle) - b * Math.sin(angle)
-      x[head + i + 1] = a * Math.sin(angle) + b * Math.cos(angle)
+    for (let i = 0; i < dims / 2; i++) {
+      const angle = position * base ** ((-2 * i) / dims)
+      const [first, second] = halves ? [head + i, head + i + dims / 2] : [head + 2 * i, head + 2 * i + 1]
+      const [a, b] = [x[first]!, x[second]!]
+      x[first] = a * Math.cos(angle) - b * Math.sin(angle)
+      x[second] = a * Math.sin(angle) + b * Math.cos(angle)
     }
   }
 }
@@ -180,6 +195,8 @@ export interface ReferenceOptions {
   readonly rounded?: boolean
   /** f16 where absent. */
   readonly kvDtype?: KvDtype
+  /** Rotate Hugging Face's pairs, (i, i + half a head), and not GGUF's, (2i, 2i + 1). */
+  readonly halves?: boolean
   /** Called after each layer. */
   readonly progress?: (layer: number) => void
 }
@@ -216,8 +233,8 @@ export const referenceLogits = (file: ReferenceFile, tokens: ReadonlyArray<numbe
     const k = multiply(weight("attn_k"), a, rounded)
     const v = multiply(weight("attn_v"), a, rounded)
     for (let n = 0; n < tokens.length; n++) {
-      rotate(q[n]!, n, headDim, dims, base)
-      rotate(k[n]!, n, headDim, dims, base)
+      rotate(q[n]!, n, headDim, dims, base, options.halves === true)
+      rotate(k[n]!, n, headDim, dims, base, options.halves === true)
     }
     if (rounded) for (const row of [...k, ...v]) for (let head = 0; head < row.length; head += headDim) roundKv(row.subarray(head, head + headDim), options.kvDtype ?? "f16")
     x = add(x, multiply(weight("attn_output"), attend(q, k, v, headDim), rounded))
@@ -245,4 +262,11 @@ export const referenceLogSoftmax = (logits: ArrayLike<number>): Float64Array => 
   const most = values.reduce((a, b) => Math.max(a, b), -Infinity)
   const sum = values.reduce((total, value) => total + Math.exp(value - most), 0)
   return values.map((value) => value - most - Math.log(sum))
+}
+
+/** Root mean square of the logits' error, over the standard deviation of the exact ones. */
+export const relativeError = (logits: ArrayLike<number>, exact: Float64Array): number => {
+  const mean = exact.reduce((sum, value) => sum + value, 0) / exact.length
+  const spread = exact.reduce((sum, value) => sum + (value - mean) ** 2, 0)
+  return Math.sqrt(exact.reduce((sum, value, id) => sum + (value - logits[id]!) ** 2, 0) / spread)
 }

@@ -3,7 +3,8 @@
  * The text they write is gibberish; what matters is that it depends on every token, and that every path runs.
  */
 import { writeFile } from "node:fs/promises"
-import { array, bool, f32, ggufBytes, text, u32, type TensorToWrite, type TensorTypeName, type Value } from "./gguf-writer.ts"
+import { awqTensors } from "./awq.ts"
+import { array, bool, f32, ggufBytes, text, u32, type GgufToWrite, type TensorToWrite, type TensorTypeName, type Value } from "./gguf-writer.ts"
 import { quantise } from "./quantise.ts"
 
 /** Matrices of a layer, and those outside the layers, by the format's names. */
@@ -24,6 +25,8 @@ export interface TinyModelOptions {
   readonly types?: TensorTypeName | Partial<Record<MatrixName, TensorTypeName>>
   /** Types of some layers' matrices, as "blk.1.attn_q". */
   readonly layerTypes?: Readonly<Record<string, TensorTypeName>>
+  /** The layers' matrices as AWQ's three tensors each (awq.ts): shapes of multiples of 128. */
+  readonly awq?: boolean
   readonly seed?: number
   /** No matrix of its own for the output: it is the embedding. */
   readonly tied?: boolean
@@ -133,8 +136,8 @@ const tinyVocabulary = (size: number): { tokens: Array<string>; types: Array<num
   return { tokens, types, merges }
 }
 
-/** A tiny model's file as bytes; a pure function of the options. */
-export const tinyModelBytes = (options: TinyModelOptions = {}): Uint8Array => {
+/** A tiny model; a pure function of the options. */
+export const tinyModel = (options: TinyModelOptions = {}): GgufToWrite => {
   const o = { ...tinyDefaults, ...options }
   const random = randomNumbers(o.seed)
   const normal = (): number => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random())
@@ -154,7 +157,9 @@ export const tinyModelBytes = (options: TinyModelOptions = {}): Uint8Array => {
   }
   /** rows x columns, of a deviation that gives outputs of about `gain` for inputs of about 1. */
   const matrix = (name: string, columns: number, rows: number, gain: number): void => {
-    tensor(`${name}.weight`, typeOf(name), [columns, rows], normals(columns * rows, 0, gain / Math.sqrt(columns)))
+    const weights = normals(columns * rows, 0, gain / Math.sqrt(columns))
+    if (o.awq === true && name.startsWith("blk.")) tensors.push(...awqTensors(name, weights, { outputs: rows, inputs: columns }))
+    else tensor(`${name}.weight`, typeOf(name), [columns, rows], weights)
   }
   const norm = (name: string, size: number): void => tensor(`${name}.weight`, "F32", [size], normals(size, 1, 0.1))
   // What the layers add outweighs the embedding, or a tied output would say the last token again and again.
@@ -205,8 +210,11 @@ export const tinyModelBytes = (options: TinyModelOptions = {}): Uint8Array => {
     ["tokenizer.chat_template", template === null ? null : text(template)],
     ...Object.entries(o.metadata ?? {}),
   ])
-  return ggufBytes({ metadata: [...metadata].flatMap(([key, value]) => (value === null ? [] : [[key, value] as const])), tensors })
+  return { metadata: [...metadata].flatMap(([key, value]) => (value === null ? [] : [[key, value] as const])), tensors }
 }
+
+/** A tiny model's file as bytes. */
+export const tinyModelBytes = (options: TinyModelOptions = {}): Uint8Array => ggufBytes(tinyModel(options))
 
 /** Writes a tiny model; see `TinyModelOptions`. */
 export const writeTinyModel = (path: string, options: TinyModelOptions = {}): Promise<void> => writeFile(path, tinyModelBytes(options))

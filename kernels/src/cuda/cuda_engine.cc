@@ -25,7 +25,7 @@ CudaEngine::CudaEngine(const EngineOptions& options, std::unique_ptr<Device> dev
     : Engine(options), device_(std::move(device)), stream_(*device_, device_->create_stream()) {
   ThreadPool threads(options.threads);
   const std::shared_ptr<GgufFile> file = GgufFile::open(options.path);
-  const Model model(*file, threads);
+  const Model model(*file, threads, AwqForm::AsInFile);
   adopt(model.shape());
   check_shape();
   kv_.bits = kv_bits(options_.kv_dtype);

@@ -45,7 +45,9 @@ uint16_t checked_half(float value, const char* what) {
 
 }  // namespace
 
-DeviceMatrix describe_for_device(const Matrix& matrix) { return describe(kind_of(matrix.type), matrix.outputs, matrix.inputs); }
+DeviceMatrix describe_for_device(const Matrix& matrix) {
+  return matrix.awq ? describe_for_device(*matrix.awq) : describe(kind_of(matrix.type), matrix.outputs, matrix.inputs);
+}
 DeviceMatrix describe_for_device(const AwqMatrix& matrix) { return describe(WeightKind::NibbleZero, matrix.outputs, matrix.inputs); }
 
 size_t panel_level_bytes(const DeviceMatrix& matrix) { return matrix.level_bytes() / matrix.panels; }
@@ -79,6 +81,7 @@ void PanelWriter::put_numbers(int o, int group, uint16_t scale, uint16_t second)
 }
 
 void repack_panel(const Matrix& matrix, int panel, const DeviceMatrix& to, uint8_t* levels, uint8_t* scales) {
+  if (matrix.awq) return repack_panel(*matrix.awq, panel, to, levels, scales);
   PanelWriter writer(to, levels, scales);
   const uint8_t* from = matrix.panel(panel);
   for (int o = 0; o < kPanel && panel * kPanel + o < matrix.outputs; ++o) {
@@ -104,15 +107,11 @@ void repack_panel(const Matrix& matrix, int panel, const DeviceMatrix& to, uint8
 
 void repack_panel(const AwqMatrix& matrix, int panel, const DeviceMatrix& to, uint8_t* levels, uint8_t* scales) {
   PanelWriter writer(to, levels, scales);
-  const auto nibble = [&](const uint32_t* rows, int row, int output) {
-    return rows[size_t(row) * (matrix.outputs / 8) + output / 8] >> 4 * kAwqOrder[output % 8] & 15u;
-  };
   for (int o = 0; o < kPanelOutputs && panel * kPanelOutputs + o < matrix.outputs; ++o) {
     const int output = panel * kPanelOutputs + o;
-    for (int input = 0; input < matrix.inputs; ++input) writer.put_level(o, input, nibble(matrix.levels, input, output));
-    for (int group = 0; group < matrix.inputs / 128; ++group) {
-      writer.put_numbers(o, group, matrix.scales[size_t(group) * matrix.outputs + output],
-                         half_of_float(static_cast<float>(nibble(matrix.zeros, group, output))));
+    for (int input = 0; input < matrix.inputs; ++input) writer.put_level(o, input, matrix.level(input, output));
+    for (int group = 0; group < matrix.inputs / kAwqGroup; ++group) {
+      writer.put_numbers(o, group, matrix.scale(group, output), half_of_float(static_cast<float>(matrix.zero(group, output))));
     }
   }
 }

@@ -9,8 +9,9 @@
 
 namespace penstock::cuda {
 
-// The device's form of a matrix that is packed for the CPU, without its data.
+// The device's form of a matrix, packed for the CPU or AWQ's as in the file, without its data.
 DeviceMatrix describe_for_device(const Matrix& matrix);
+DeviceMatrix describe_for_device(const AwqMatrix& matrix);
 // Bytes of one panel.
 size_t panel_level_bytes(const DeviceMatrix& matrix);
 size_t panel_scale_bytes(const DeviceMatrix& matrix);
@@ -32,18 +33,7 @@ class PanelWriter {
 
 // Repacks one panel. Throws where a weight or a scale is beyond what a half can hold.
 void repack_panel(const Matrix& matrix, int panel, const DeviceMatrix& to, uint8_t* levels, uint8_t* scales);
-
-// AWQ's W4A16 (Lin et al. 2023) in the layout of AutoAWQ: weight = (level - zero) * scale for groups of 128 inputs; a word has
-// eight outputs in the order of kAwqOrder.
-struct AwqMatrix {
-  int outputs;
-  int inputs;
-  const uint32_t* levels;  // [inputs, outputs / 8]
-  const uint32_t* zeros;   // [inputs / 128, outputs / 8]
-  const uint16_t* scales;  // [inputs / 128, outputs] halves
-};
-constexpr int kAwqOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};  // nibble of output 0 … 7
-DeviceMatrix describe_for_device(const AwqMatrix& matrix);
 void repack_panel(const AwqMatrix& matrix, int panel, const DeviceMatrix& to, uint8_t* levels, uint8_t* scales);
+
 
 }  // namespace penstock::cuda

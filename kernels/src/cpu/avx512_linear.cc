@@ -91,7 +91,7 @@ inline Scales load_scales(const uint8_t* from, int index) {
 
 // R rows x 16 outputs.
 template <BlockFormat kFormat, int R>
-void tile(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_stride) {
+void tile(const uint8_t* panel, int blocks, const Rows& rows, float* out, size_t out_stride) {
   constexpr bool kCentred = !kFormat.has_offset();
   constexpr bool kHalves = kFormat.scaling == Scaling::HalfFactors;
   constexpr int kBlocks = kFormat.record_blocks();
@@ -143,7 +143,7 @@ void tile(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_st
 // All rows of the input, eight at a time.
 template <BlockFormat kFormat>
 void quantised_panel(const uint8_t* panel, int blocks, const LinearInput& input, float* out, size_t out_stride) {
-  using Tile = void (*)(const uint8_t* panel, int blocks, Rows rows, float* out, size_t out_stride);
+  using Tile = void (*)(const uint8_t* panel, int blocks, const Rows& rows, float* out, size_t out_stride);
   constexpr Tile kTiles[kRows] = {tile<kFormat, 1>, tile<kFormat, 2>, tile<kFormat, 3>, tile<kFormat, 4>,
                                   tile<kFormat, 5>, tile<kFormat, 6>, tile<kFormat, 7>, tile<kFormat, 8>};
   for (int row = 0; row < input.rows; row += kRows) {

@@ -221,11 +221,13 @@ export const limits = {
   kvSilenceMs: 10_000,
   /** KV events that a worker keeps; a scheduler that misses more is told of everything that is there. */
   kvEventRing: 4_096,
+  /** … of so many blocks at most. */
+  kvEventHashes: 32_768,
   /** Share of the machine's free memory that `kv.blocks: auto` takes at most, and its bound. */
   autoPoolMemoryShare: 0.25,
   autoPoolBytes: 2 * 1024 * 1024 * 1024,
   /** On a GPU weights take up to so much of the bytes that they have in the file, and `kv.blocks: auto` this share of what they leave. */
-  gpuWeightShare: 1.4,
+  gpuWeightShare: 1.7,
   gpuPoolMemoryShare: 0.8,
   /** Longest wait for what a worker decodes to go on elsewhere, or to end, before it is stopped. */
   drainDeadlineMs: 30_000,

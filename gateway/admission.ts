@@ -9,7 +9,7 @@ export class Admission {
   readonly #open = new Set<{ stop: Stop }>()
   readonly #most: number
   #closing = false
-  #onIdle: (() => void) | undefined
+  readonly #onIdle = new Set<() => void>()
 
   constructor(most: number) {
     this.#most = most
@@ -35,7 +35,7 @@ export class Admission {
       onStop: (stop) => (place.stop = stop),
       leave: () => {
         this.#open.delete(place)
-        if (this.#open.size === 0) this.#onIdle?.()
+        if (this.#open.size === 0) for (const resolve of this.#onIdle) resolve()
       },
     }
   }
@@ -53,11 +53,13 @@ export class Admission {
   idle(mostMs: number): Promise<void> {
     if (this.#open.size === 0) return Promise.resolve()
     return new Promise((resolve) => {
-      const timer = setTimeout(resolve, mostMs)
-      this.#onIdle = () => {
+      const done = () => {
         clearTimeout(timer)
+        this.#onIdle.delete(done)
         resolve()
       }
+      const timer = setTimeout(done, mostMs)
+      this.#onIdle.add(done)
     })
   }
 }

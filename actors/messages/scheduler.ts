@@ -3,6 +3,7 @@
  */
 import { Schema } from "effect"
 import { defineAsk, defineTell } from "../runtime/codec.ts"
+import { hashBytes } from "./hashes.ts"
 
 const count = Schema.Int.check(Schema.isGreaterThanOrEqualTo(0))
 /** What the policies divide by, and what everybody has at least one of. */
@@ -87,11 +88,13 @@ export const Heartbeat = defineTell("heartbeat", HeartbeatMessage)
 /** A worker says that it leaves; no new placements there. */
 export const Leave = defineTell("leave", Schema.Struct({ worker: Schema.String, epoch: count }))
 
+const hashes = Schema.Uint8Array.check(Schema.makeFilter((bytes: Uint8Array) => bytes.length % hashBytes === 0 || `expected hashes of ${hashBytes} bytes`))
+
 /** What becomes of what is known of a worker's prefix index: first all of it may be cleared, then hashes are stored, then removed. */
 export const KvDelta = Schema.Struct({
   cleared: Schema.optional(Schema.Literal(true)),
-  stored: Schema.Uint8Array, // [n, 16] hashes
-  removed: Schema.Uint8Array, // [n, 16] hashes
+  stored: hashes, // [n, 16]
+  removed: hashes, // [n, 16]
 })
 export type KvDelta = typeof KvDelta.Type
 

@@ -32,14 +32,16 @@ export const changeOf = (steps: ReadonlyArray<Step>, revision: string | undefine
   outcome: "changing",
 })
 
-/** Steps of a change that its summary names. */
+/** Steps of a change that its summary names, and how long it is: every presence of a node has some. */
 const namedSteps = 3
+const mostCharacters = 300
 
 /** In one line, for people: its first steps, or why it failed. */
 export const summaryOf = ({ at, steps, outcome, error }: Change): ChangeSummary => {
   const named = steps.slice(0, namedSteps).map(({ step }) => step).join("; ")
   const why = error ?? (steps.length > namedSteps ? `${named}; …` : named)
-  return { at, outcome, what: `${steps.length} step${steps.length === 1 ? "" : "s"}${why === "" ? "" : `: ${why}`}` }
+  const what = `${steps.length} step${steps.length === 1 ? "" : "s"}${why === "" ? "" : `: ${why}`}`
+  return { at, outcome, what: what.length > mostCharacters ? `${what.slice(0, mostCharacters)} …` : what }
 }
 
 /** Does a step's work, and writes down and tells how it goes; never fails. */

@@ -211,7 +211,8 @@ export const prefillActor = (options: PrefillActorOptions): Effect.Effect<void, 
 
   const fault = (code: "unavailable" | "stale" | "invalid_request" | "cancelled", message: string) => new Fault({ code, message: `${link.sender}: ${message}`, hop: link.sender })
 
-  const everything = (): KvDelta => ({ cleared: true, stored: packHashes(engine.blocks.knownHashes()), removed: packHashes([]) })
+  // The newest, where they are more than a message holds: a scheduler that does not know of a prefix costs time only.
+  const everything = (): KvDelta => ({ cleared: true, stored: packHashes(engine.blocks.knownHashes().slice(-limits.kvEventHashes)), removed: packHashes([]) })
   const missed = ({ from }: { readonly from?: number | undefined }) =>
     Effect.sync(() => ({ nextId: events.nextId, delta: (from === undefined ? undefined : events.since(from)) ?? everything() }))
 

@@ -84,6 +84,7 @@ export const requestActor = (options: RequestActorOptions): Effect.Effect<void, 
       Effect.gen(function* () {
         leaving = true
         running.leave("queues") // first, or what is given back would come here again
+        const untilMs = performance.now() + deadlineMs
         const given = [...serving.values()]
         // In half of the time at most, so that the others have the rest.
         const together = Math.max(limits.movesAtOnce, Math.ceil((given.length * limits.moveSpacingMs * 2) / deadlineMs))
@@ -91,7 +92,7 @@ export const requestActor = (options: RequestActorOptions): Effect.Effect<void, 
           if (i > 0 && i % together === 0) yield* Effect.sleep(limits.moveSpacingMs)
           yield* Deferred.fail(fence, fault("moved", "serves no more"))
         }
-        yield* Effect.timeoutOrElse(idle, { duration: deadlineMs, orElse: () => Effect.void })
+        yield* Effect.timeoutOrElse(idle, { duration: Math.max(0, untilMs - performance.now()), orElse: () => Effect.void })
         return { moved: given.length - serving.size, finished: 0, left: serving.size } satisfies Drained
       })
     yield* Effect.addFinalizer(() => drain(limits.leaveDeadlineMs))

@@ -141,6 +141,8 @@ export const schedulerActor = (options: SchedulerOptions): Effect.Effect<void, n
         const known = state.workers.get(worker)?.nextEventId ?? -1
         return link.ask(KvMissed, subject(namespace, "prefill", worker, KvMissed.verb), known < 0 ? {} : { from: known }, { hop: `prefill ${worker}` }).pipe(
           Effect.map(({ nextId, delta }) => state.kvEvents({ worker, epoch, firstId: Math.max(0, known), nextId, delta })),
+          // Every event shows the same gap: what fails is not asked for again at once.
+          Effect.tapError(() => Effect.sleep(limits.heartbeatIntervalMs)),
           Effect.ignore,
           Effect.ensuring(Effect.sync(() => asking.delete(worker))),
         )

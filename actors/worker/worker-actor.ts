@@ -41,7 +41,8 @@ export const workerActor = (options: WorkerActorOptions): Effect.Effect<void, ne
     const giveAway = Effect.sync(() => {
       if (worker.roles.includes("decode")) return
       const nowMs = performance.now()
-      lately = lately.filter(({ atMs }) => nowMs - atMs < limits.heartbeatIntervalMs)
+      // Who waits no longer goes where there may be no room yet, and waits there.
+      lately = nowMs >= untilMs ? [] : lately.filter(({ atMs }) => nowMs - atMs < limits.heartbeatIntervalMs)
       // Those that were given away last have the way of their KV for themselves.
       if (engine.isSending && lately.some(({ atMs }) => nowMs - atMs < limits.movedKvMs)) return
       const waiting = engine.decoding
@@ -54,7 +55,8 @@ export const workerActor = (options: WorkerActorOptions): Effect.Effect<void, ne
     const change = (roles: ReadonlyArray<Role>, deadlineMs: number = limits.drainDeadlineMs) =>
       Effect.suspend(() => {
         worker.roles = roles
-        untilMs = performance.now() + deadlineMs / 2
+        const nowMs = performance.now()
+        untilMs = Math.min(untilMs > nowMs ? untilMs : Number.POSITIVE_INFINITY, nowMs + deadlineMs / 2)
         // Whoever places again what is given away has to know that it is not here.
         return Effect.andThen(announced, giveAway)
       })

@@ -46,13 +46,12 @@ export const awqTensors = (checkpoint: ReadonlyMap<string, SafeTensor>, config: 
   }
   const matrix = (name: string, source: string, outputs: number, inputs: number, rotated = false): ReadonlyArray<TensorToStream> => {
     if (outputs % 8 !== 0 || inputs % 128 !== 0) throw new ImportError(`${source}: expected a multiple of 8 outputs and of 128 inputs, found ${outputs} and ${inputs}`)
-    const order = rotationOrder(outputs, config.headDim)
-    const [words, scales] = rotated ? [permuteNibbles(order), permuteHalves(order)] : [asIs, asIs]
-    return [
-      stream(`${name}.qweight`, "I32", take(`${source}.qweight`, ["I32"], [inputs, outputs / 8]), words),
-      stream(`${name}.qzeros`, "I32", take(`${source}.qzeros`, ["I32"], [inputs / 128, outputs / 8]), words),
-      stream(`${name}.scales`, "F16", take(`${source}.scales`, ["F16"], [inputs / 128, outputs]), scales),
-    ]
+    const levels = take(`${source}.qweight`, ["I32"], [inputs, outputs / 8])
+    const zeros = take(`${source}.qzeros`, ["I32"], [inputs / 128, outputs / 8])
+    const scales = take(`${source}.scales`, ["F16"], [inputs / 128, outputs])
+    const order = rotated ? rotationOrder(outputs, config.headDim) : undefined
+    const [words, halves] = order === undefined ? [asIs, asIs] : [permuteNibbles(order), permuteHalves(order)]
+    return [stream(`${name}.qweight`, "I32", levels, words), stream(`${name}.qzeros`, "I32", zeros, words), stream(`${name}.scales`, "F16", scales, halves)]
   }
 
   const { hidden, heads, kvHeads, headDim, ffn, layers, tied, frequencyFactors } = config

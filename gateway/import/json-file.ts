@@ -1,9 +1,14 @@
-import { readFile } from "node:fs/promises"
+import { readFile, stat } from "node:fs/promises"
 import { join } from "node:path"
 import { showFound, valueAt } from "../../config/problem.ts"
 import { ImportError } from "./import-error.ts"
 
 const mostOfAnything = 2 ** 24
+
+/** Throws ImportError where a path is something else than a file, which could be read for ever, and the system's error where there is nothing. */
+export const expectFile = async (path: string): Promise<void> => {
+  if (!(await stat(path)).isFile()) throw new ImportError(`${path}: expected a file`)
+}
 
 /** A JSON file of a Hugging Face folder, whose values are checked as they are read. A key is a path: `quantization_config.bits`. */
 export class JsonFile {
@@ -19,8 +24,10 @@ export class JsonFile {
   static async find(folder: string, name: string): Promise<JsonFile | undefined> {
     let text: string
     try {
+      await expectFile(join(folder, name))
       text = await readFile(join(folder, name), "utf8")
     } catch (error) {
+      if (error instanceof ImportError) throw error
       const { code } = error as NodeJS.ErrnoException
       if (code === "ENOENT") return undefined
       throw new ImportError(`${join(folder, name)}: cannot be read (${code})`)
@@ -57,7 +64,7 @@ export class JsonFile {
     if (!allowed.includes(found as string)) this.refuse(key, allowed.map((value) => (value === undefined ? "nothing" : JSON.stringify(value))).join(" or "))
   }
 
-  /** A whole number from 1 up to what the kernels take of anything (kernels/src/model.cc). */
+  /** A whole number from 1 to 2^24; what the kernels take of each is checked when the model is loaded. */
   count(key: string, fallback?: number): number {
     const found = this.get(key) ?? fallback
     const isCount = Number.isInteger(found) && (found as number) > 0 && (found as number) <= mostOfAnything
@@ -66,6 +73,6 @@ export class JsonFile {
 
   positive(key: string, fallback?: number): number {
     const found = this.get(key) ?? fallback
-    return typeof found === "number" && found > 0 ? found : this.refuse(key, "a positive number")
+    return typeof found === "number" && found > 0 && Number.isFinite(found) ? found : this.refuse(key, "a positive number")
   }
 }

@@ -53,6 +53,7 @@ export const readLlamaConfig = (config: JsonFile, name: string): LlamaConfig => 
   const kvHeads = config.count("num_key_value_heads", heads)
   const base = config.positive("rope_theta", 10_000)
   if (headDim % 2 !== 0) config.refuse("head_dim", "an even number")
+  if (heads % kvHeads !== 0) config.refuse("num_key_value_heads", `a divisor of num_attention_heads, ${heads}`)
   config.oneOf("rope_scaling.rope_type", "llama3", "default", undefined)
   const scaled = config.get("rope_scaling.rope_type") === "llama3"
   // Older files say `type`, of which only the absence of scaling is known here.

@@ -6,7 +6,7 @@
 import { open } from "node:fs/promises"
 import { join } from "node:path"
 import { ImportError } from "./import-error.ts"
-import { JsonFile } from "./json-file.ts"
+import { expectFile, JsonFile } from "./json-file.ts"
 
 export interface SafeTensor {
   readonly name: string
@@ -32,7 +32,8 @@ const tensorsOf = async (folder: string, name: string): Promise<ReadonlyArray<Sa
   const fail = (message: string): never => {
     throw new ImportError(`${name}: ${message}`)
   }
-  const file = await open(path).catch((error: NodeJS.ErrnoException) => {
+  const file = await expectFile(path).then(() => open(path)).catch((error: NodeJS.ErrnoException) => {
+    if (error instanceof ImportError) throw error
     throw new ImportError(`${path}: ${error.code === "ENOENT" ? "expected a file, found none" : `cannot be read (${error.code})`}`)
   })
   try {
@@ -71,10 +72,17 @@ export const readCheckpoint = async (folder: string): Promise<ReadonlyMap<string
   const tensors = new Map<string, SafeTensor>()
   for (const name of files) {
     // A name with a folder in it could lead anywhere.
-    if (typeof name !== "string" || !/^[\w.-]+$/.test(name)) index!.refuse("weight_map", "names of files beside it")
-    for (const tensor of await tensorsOf(folder, name)) tensors.set(tensor.name, tensor)
+    if (typeof name !== "string" || !/^\w[\w.-]*$/.test(name)) index!.refuse("weight_map", "names of files beside it")
+    for (const tensor of await tensorsOf(folder, name)) {
+      const other = tensors.get(tensor.name)
+      if (other !== undefined) throw new ImportError(`${tensor.file}: ${tensor.name}: expected in one file, found in ${other.file} too`)
+      tensors.set(tensor.name, tensor)
+    }
   }
-  for (const name of Object.keys(places)) if (!tensors.has(name)) throw new ImportError(`${index!.name}: weight_map: ${name}: expected in a file, found in none`)
+  for (const [name, file] of Object.entries(places)) {
+    const found = tensors.get(name)
+    if (found?.file !== join(folder, String(file))) throw new ImportError(`${index!.name}: weight_map: ${name}: expected in ${String(file)}, found in ${found === undefined ? "none" : found.file}`)
+  }
   return tensors
 }
 

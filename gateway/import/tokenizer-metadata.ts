@@ -3,6 +3,7 @@ import { join } from "node:path"
 import { isDeepStrictEqual } from "node:util"
 import { preTokenizer } from "../../actors/request/pre-tokenizer.ts"
 import { array, bool, text, u32, type Metadata } from "./gguf-file.ts"
+import { ImportError } from "./import-error.ts"
 import { JsonFile } from "./json-file.ts"
 
 const byteLevel = { type: "ByteLevel", add_prefix_space: false, use_regex: true }
@@ -62,10 +63,21 @@ const beginsWith = (processor: unknown, token: unknown): boolean => {
   return type === "TemplateProcessing" && first?.SpecialToken?.id === token
 }
 
+/** Special tokens that tokenizer.json puts around a text: the one before it is all that a GGUF file can say. */
+const specialsOf = (processor: unknown): number => {
+  const { processors, single } = (processor ?? {}) as { readonly processors?: ReadonlyArray<unknown>; readonly single?: ReadonlyArray<unknown> }
+  return [...(processors ?? []).map(specialsOf), ...(single ?? []).map((piece) => Number(typeof piece === "object" && piece !== null && "SpecialToken" in piece))].reduce((sum, count) => sum + count, 0)
+}
+
 const chatTemplate = async (folder: string, config: JsonFile): Promise<string | undefined> => {
   const found = config.get("chat_template")
   if (typeof found === "string") return found
-  if (found === undefined) return readFile(join(folder, "chat_template.jinja"), "utf8").catch(() => undefined)
+  if (found === undefined) {
+    return readFile(join(folder, "chat_template.jinja"), "utf8").catch(({ code }: NodeJS.ErrnoException) => {
+      if (code === "ENOENT") return undefined
+      throw new ImportError(`${join(folder, "chat_template.jinja")}: cannot be read (${code})`)
+    })
+  }
   const named = Array.isArray(found) ? (found as ReadonlyArray<{ readonly name?: unknown; readonly template?: unknown }>).find(({ name }) => name === "default") : undefined
   return typeof named?.template === "string" ? named.template : config.refuse("chat_template", 'a text, or a list with a template named "default"')
 }
@@ -124,7 +136,9 @@ export const tokenizerMetadata = async (folder: string, model: JsonFile, vocabul
   if (ends.length > endKeys.length || ends.some((id) => !Number.isInteger(id) || (id as number) < 0 || (id as number) >= vocabulary)) {
     return (stated ?? config).refuse("eos_token_id", `with eos_token at most ${endKeys.length} token ids in 0 … ${vocabulary - 1}`)
   }
-  const addBos = config.get("add_bos_token") ?? beginsWith(file.get("post_processor"), tokenText(config.get("bos_token")))
+  const begins = beginsWith(file.get("post_processor"), tokenText(config.get("bos_token")))
+  if (specialsOf(file.get("post_processor")) > Number(begins)) file.refuse("post_processor", "no special token but the bos_token before a text")
+  const addBos = config.get("add_bos_token") ?? begins
   const template = await chatTemplate(folder, config)
   return [
     ["tokenizer.ggml.model", text("gpt2")],

@@ -1,8 +1,12 @@
 #include "awq.h"
 
+#include "fixed_math.h"
+
 namespace penstock {
 
 namespace {
+
+constexpr uint16_t kMostScale = 0x6c43;  // 4364: the greatest half whose fifteenfold is one
 
 const GgufTensor& checked(const GgufFile& file, const std::string& name, TensorType type, uint64_t columns, uint64_t rows) {
   const GgufTensor& tensor = file.tensor(name);
@@ -35,8 +39,10 @@ AwqMatrix read_awq(const GgufFile& file, const std::string& name, int outputs, i
   const AwqMatrix matrix = {outputs, inputs, words(".qweight", inputs), words(".qzeros", groups),
                             reinterpret_cast<const uint16_t*>(scales.data)};
   for (uint64_t i = 0; i < groups * outputs; ++i) {
-    if ((matrix.scales[i] & 0x7c00u) == 0x7c00u) {
-      file.fail("tensor " + name + ".scales, row " + std::to_string(i / outputs) + ": expected finite values, found one that is not");
+    // A level is up to 15 from its zero, and a weight is a half. Not a number is more than anything.
+    if ((matrix.scales[i] & 0x7fffu) > kMostScale) {
+      file.fail("tensor " + name + ".scales, row " + std::to_string(i / outputs) + ": expected values up to 4364, found " +
+                std::to_string(float_of_half(matrix.scales[i])));
     }
   }
   return matrix;

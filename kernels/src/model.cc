@@ -91,7 +91,8 @@ void Model::read_shape(const GgufFile& file) {
   if (s.rotary % 2 != 0) {
     file.fail("key " + prefix + "rope.dimension_count: expected an even number, found " + std::to_string(s.rotary));
   }
-  if (!(s.rope_base > 0.0) || !(s.norm_epsilon >= 0.0f) || !std::isfinite(s.rope_base)) {
+  if (!(s.rope_base > 0.0) || !(s.norm_epsilon >= 0.0f) || !std::isfinite(s.rope_base) ||
+      !std::isfinite(s.norm_epsilon)) {
     file.fail("keys " + prefix + "rope.freq_base, attention.layer_norm_rms_epsilon: expected positive numbers");
   }
   // What would change results, and is not done here, is refused rather than ignored.

@@ -127,6 +127,8 @@ const tokenizer = (key: string, value: unknown) => set("tokenizer.json", key, va
 describe("what is refused, by file, key, what was expected and what was found", () => {
   test.each<readonly [message: string, change: (folder: AwqFolder) => void]>([
     ['config.json: architectures: expected ["LlamaForCausalLM"], found ["Qwen2ForCausalLM"]', config("architectures", ["Qwen2ForCausalLM"])],
+    ["config.json: num_key_value_heads: expected a divisor of num_attention_heads, 4, found 3", config("num_key_value_heads", 3)],
+    ["tokenizer.json: post_processor: expected no special token but the bos_token before a text, found", tokenizer("post_processor", { type: "TemplateProcessing", single: [{ Sequence: { id: "A" } }, { SpecialToken: { id: "<|im_end|>" } }] })],
     ['config.json: quantization_config.quant_method: expected "awq", found "gptq"', config("quantization_config.quant_method", "gptq")],
     ['config.json: quantization_config.quant_method: expected "awq", found nothing', config("quantization_config", undefined)],
     ["config.json: quantization_config.bits: expected 4, found 8", config("quantization_config.bits", 8)],

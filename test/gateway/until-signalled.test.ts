@@ -49,3 +49,18 @@ it("a second signal cuts the leaving short; the same one that comes by a process
   expect(await code).toBe(0)
   expect(events).toEqual(["closed", "ended"])
 })
+
+it("one more during the shutdown ends the process", async () => {
+  const exit = vi.spyOn(process, "exit").mockImplementation((() => {}) as never)
+  const closed = Deferred.makeUnsafe<void>()
+  const code = untilSignalled(Effect.andThen(Effect.addFinalizer(() => Deferred.await(closed)), Effect.never))
+  signal("SIGTERM")
+  while (said.length === 0) await sleep(1)
+  signal("SIGTERM")
+  expect(exit).not.toHaveBeenCalled()
+  await sleep(limits.groupSignalMs + 10)
+  signal("SIGTERM")
+  expect(exit).toHaveBeenCalledWith(1)
+  Effect.runSync(Deferred.succeed(closed, undefined))
+  expect(await code).toBe(0)
+})

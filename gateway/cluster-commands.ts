@@ -54,7 +54,8 @@ export const applyToCluster = ({ text, path, dryRun, ifRevision, ...options }: A
 /** Takes a node or a worker out, or back in. */
 export const drainInCluster = ({ name, undo, ...options }: ClusterOptions & { readonly name: string; readonly undo: boolean }): Promise<number> =>
   withCluster(options, async ({ control }) => {
-    const kind = await control.drain(name, undo)
+    const { kind, unplaceable } = await control.drain(name, undo)
     say(undo ? `${kind} ${name} is used again` : kind === "node" ? `what runs on node ${name} goes elsewhere; drain ${name} --undo takes it back` : `worker ${name} has no roles from now on; drain ${name} --undo gives them back`)
+    for (const { kind: what, id, why } of unplaceable) process.stderr.write(`unplaceable: ${what} ${id}: ${why}\n`)
     return 0
   })

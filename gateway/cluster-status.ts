@@ -32,12 +32,25 @@ const whoServes = (cluster: string, { bus, nodes }: ReachedCluster): Effect.Effe
   return Effect.map(Effect.forEach(generations, (generation) => Effect.scoped(servesIn(generation)), { concurrency: "unbounded" }), (members) => members.flat())
 }
 
-const topologyOf = ({ control }: ReachedCluster, { wanted }: ClusterStatus) => (wanted === undefined ? undefined : control.check(wanted.text, wanted.path).topology)
+/** Undefined where this version cannot read what another one has applied: the rest is shown. */
+const topologyOf = ({ control }: ReachedCluster, { wanted }: ClusterStatus) => {
+  try {
+    return wanted === undefined ? undefined : control.check(wanted.text, wanted.path).topology
+  } catch {
+    return undefined
+  }
+}
+
+const stateOf = (wanted: ClusterStatus["wanted"], unplaceable: ClusterStatus["unplaceable"], settled: boolean): string => {
+  if (wanted === undefined) return "waiting for the first apply"
+  if (!settled) return "changing"
+  return unplaceable.length === 0 ? "settled" : `settled, but ${unplaceable.length} without a place`
+}
 
 const clusterLines = ({ cluster, leader, wanted, assignedRevision, nodes, components, unplaceable, drainedWorkers, settled }: ClusterStatus): ReadonlyArray<string> => {
   const labels = (held: Readonly<Record<string, string>>) => Object.entries(held).map(([name, value]) => `${name}=${value}`).join(",") || "no labels"
   return [
-    `cluster ${cluster}: ${wanted === undefined ? "nothing is wanted yet" : `revision ${wanted.revision} of ${wanted.path} is wanted${assignedRevision === wanted.revision ? "" : `, ${assignedRevision ?? "nothing"} is assigned`}`}; ${settled ? "settled" : "changing"}; ${leader === undefined ? "nobody leads" : `${leader} leads`}`,
+    `cluster ${cluster}: ${wanted === undefined ? "nothing is wanted yet" : `revision ${wanted.revision} of ${wanted.path} is wanted${assignedRevision === wanted.revision ? "" : `, ${assignedRevision ?? "nothing"} is assigned`}`}; ${stateOf(wanted, unplaceable, settled)}; ${leader === undefined ? "nobody leads" : `${leader} leads`}`,
     ...nodes.map(({ name, machine, pid, cores, labels: held, gateway, state, detail, drained, components: runs }) =>
       [
         `node ${name} (${machine}, process ${pid}, ${cores} cores, ${labels(held)}${gateway === undefined ? "" : `, ${gateway}`}): ${drained ? "drained, " : ""}${state}${detail === undefined ? "" : `: ${detail}`}`,

@@ -104,7 +104,7 @@ export class Generation {
     this.#failingSinceMs ??= nowMs
     const isMove = isGivenBack(fault) && this.#moves < limits.movesPerRequest
     // Where nobody serves now what a request actor has had, the only one may be on its way back: that costs time, but none of the attempts.
-    if (fault.code !== "unavailable") this.#taken = true
+    if (fault.code !== "unavailable" && fault.hop.startsWith("request")) this.#taken = true
     const isWait = fault.code === "unavailable" && (this.#taken || this.#prompted) && nowMs - this.#failingSinceMs < limits.recoveryDeadlineMs
     const backOffMs = limits.generateRetryDelayMs * 2 ** this.#faults
     const waitMs = isMove && this.#faults === 0 ? 0 : isMove || isWait ? Math.min(backOffMs, limits.heartbeatIntervalMs) : backOffMs

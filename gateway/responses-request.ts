@@ -85,7 +85,7 @@ export const responsesOrder = (gateway: GatewayContext, call: Pick<Call, "tenant
   return {
     requestId: id,
     tenant: call.tenant,
-    prompt: { kind: "chat", messages, ...(goesOn ? { continues: { tokens: answered.tokens, messages: system.length + answered.messages } } : {}) },
+    prompt: { kind: "chat", messages, param: "input", ...(goesOn ? { continues: { tokens: answered.tokens, messages: system.length + answered.messages } } : {}) },
     choices: 1,
     ...drawingOf(body),
     maxTokens: body.generate === false ? 0 : (body.max_output_tokens ?? undefined),

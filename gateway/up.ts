@@ -2,7 +2,7 @@
  * The command `up`: a topology's actors and the gateway in front of them, in this process, until a signal. It follows the file.
  */
 import { Effect } from "effect"
-import { basename } from "node:path"
+import { basename, relative } from "node:path"
 import type { LoadedTopology, TopologyOverrides } from "../config/load-topology.ts"
 import type { ModelSpec } from "../config/models.ts"
 import type { ResolvedModel } from "../actors/node/fetch-model.ts"
@@ -39,7 +39,7 @@ export const up = async ({ loaded, overrides, fetchModel }: UpOptions): Promise<
     const generation = serving.reconciler.actual.generation?.id ?? ""
     yield* file.follow(serving.reconciler)
     say(`Penstock serves ${model.name} at ${serving.url}${details(serving.hosting.workers(generation))}`)
-    say(`ready after ${((performance.now() - startedAtMs) / 1000).toFixed(1)} s; edit ${basename(loaded.path)} to change what runs; stop with Ctrl-C`)
+    say(`ready after ${((performance.now() - startedAtMs) / 1000).toFixed(1)} s; edit ${relative(process.cwd(), loaded.path)} to change what runs; stop with Ctrl-C`)
     return yield* Effect.never
   })
   return untilSignalled(main)

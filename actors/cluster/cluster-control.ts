@@ -107,10 +107,10 @@ export class ClusterControl {
   }
 
   /**
-   * Takes a node out of use, or the roles from a worker, until it is undone.
+   * Takes a node out of use, or the roles from a worker, until it is undone. Resolves to what it is, and to what has no place then.
    * @throws DrainError where there is none of that name, or it is the last one
    */
-  async drain(name: string, undo: boolean): Promise<"node" | "worker"> {
+  async drain(name: string, undo: boolean): Promise<{ readonly kind: "node" | "worker"; readonly unplaceable: ReadonlyArray<Unplaceable> }> {
     const offers = offersOf(this.#nodes)
     for (;;) {
       const [wanted, drained] = await Promise.all([clusterKeys.wanted.read(this.#bucket), clusterKeys.drained.read(this.#bucket)])
@@ -125,7 +125,11 @@ export class ClusterControl {
       if (lone !== undefined) throw new DrainError(`${name} is the only worker that can ${lone}: add another to the topology first`)
       const changed = (names: ReadonlyArray<string>) => [...names.filter((one) => one !== name), ...(undo ? [] : [name])].sort()
       const next = isNode ? { nodes: changed(nodes), workers } : { nodes, workers: changed(workers) }
-      if ((await clusterKeys.drained.write(this.#bucket, next, drained.revision)) !== undefined) return isNode ? "node" : "worker"
+      if ((await clusterKeys.drained.write(this.#bucket, next, drained.revision)) === undefined) continue
+      if (!isNode || wanted.value === undefined) return { kind: isNode ? "node" : "worker", unplaceable: [] }
+      const { topology } = parseTopology(wanted.value.text, { path: wanted.value.path })
+      const { unplaceable } = place({ topology, nodes: offers, drained: new Set(next.nodes), previous: [], nowMs: Date.now() })
+      return { kind: "node", unplaceable }
     }
   }
 

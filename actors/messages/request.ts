@@ -19,6 +19,8 @@ export const Prompt = Schema.Union([
   Schema.Struct({
     kind: Schema.Literal("chat"),
     messages: Schema.Array(ChatMessage),
+    /** What the client calls them, where that is not `messages`. */
+    param: Schema.optional(Schema.Literal("input")),
     /** The ids that the first messages had: of a prompt and of its answer, which is the last of them. */
     continues: Schema.optional(Schema.Struct({ tokens: Schema.Uint8Array /* int32 little-endian */, messages: count })),
   }),

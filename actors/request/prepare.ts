@@ -68,7 +68,7 @@ const named = <A>(param: string, work: () => A): A => {
 /** Throws a Fault that names the field at fault. */
 export const prepare = (model: ServedModel, message: GenerateMessage): Prepared => {
   const { tokenizer, contextTokens } = model
-  const param = message.prompt.kind === "chat" ? "messages" : "prompt"
+  const param = message.prompt.kind === "chat" ? (message.prompt.param ?? "messages") : "prompt"
   const prompt = named(param, () => tokenise(model, message.prompt))
   if (prompt.length === 0) throw new Fault({ code: "invalid_request", message: `${param}: there are no tokens in it`, hop, param })
   const outside = prompt.find((token) => token < 0 || token >= tokenizer.vocabulary)

@@ -112,3 +112,11 @@ it("the KV of a conversation stays in a full store while its connection is open,
   const third = (await new OpenAI({ baseURL: `${node.url}/v1`, apiKey: "none", maxRetries: 0 }).responses.create({ model: "tiny", input: "And then?", max_output_tokens: 1, previous_response_id: second.id })) as OpenAI.Responses.Response
   expect(third.usage!.input_tokens_details.cached_tokens).toBe(0)
 })
+
+it("a conversation that has filled the context is refused by the name that its client knows", async () => {
+  const client = await start()
+  const first = await client.responses.create({ model: "tiny", input: "Once:", ignore_eos: true } as never) as OpenAI.Responses.Response
+  expect(first.status).toBe("incomplete")
+  const next = client.responses.create({ model: "tiny", input: "Once more:", previous_response_id: first.id } as never)
+  await expect(next).rejects.toMatchObject({ status: 400, code: "context_length_exceeded", param: "input", message: expect.stringContaining("input: at most 1023 prompt tokens") })
+})

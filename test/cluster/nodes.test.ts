@@ -116,7 +116,7 @@ it("a worker goes to the node that has its labels; what no node has is reported,
   expect(components.filter(({ kind }) => kind === "worker").map(({ id, node }) => [id, node])).toEqual([["w0", "a"], ["w1", "b"]])
   const { code, out } = await cluster.run("status")
   expect(code).toBe(1)
-  expect(out).toMatch(/^cluster main: revision \d+ of .*two\.yaml is wanted; settled; a leads$/m)
+  expect(out).toMatch(/^cluster main: revision \d+ of .*two\.yaml is wanted; settled, but 1 without a place; a leads$/m)
   expect(out).toMatch(/^node b \(.*gpu=h100,zone=b\): settled\n {2}runs worker w1$/m)
   expect(out).toMatch(/^worker w2 cannot be placed: no node fits: /m)
   expect(out).toMatch(/^w1 +prefill, decode +prefill, decode +b \d+ +0 of 32 +0 +0 of \d+ \(0 %\) +[0-9a-f]{8}$/m)

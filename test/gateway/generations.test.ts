@@ -41,7 +41,7 @@ describe("a gateway that is switched to another generation", () => {
     const first = await server.client.responses.create({ model: "tiny", input: "one" })
     switchTo(other)
     const second = await server.client.responses.create({ model: "other", input: "two", previous_response_id: first.id })
-    expect(next.last.message.prompt).toEqual({ kind: "chat", messages: [{ role: "user", content: "one" }, { role: "assistant", content: "Hello world" }, { role: "user", content: "two" }] })
+    expect(next.last.message.prompt).toEqual({ kind: "chat", param: "input", messages: [{ role: "user", content: "one" }, { role: "assistant", content: "Hello world" }, { role: "user", content: "two" }] })
     // Another type of KV under the same model.
     const third = new FakeRequestActor(server.bus, "third")
     server.gateway.switchTo({ id: "third", namespace: "third", model: { ...servedModel, ...other } })

@@ -115,7 +115,8 @@ export class ClusterControl {
     for (;;) {
       const [wanted, drained] = await Promise.all([clusterKeys.wanted.read(this.#bucket), clusterKeys.drained.read(this.#bucket)])
       const { nodes, workers } = drained.value ?? { nodes: [], workers: [] }
-      const there = wanted.value === undefined ? [] : parseTopology(wanted.value.text, { path: wanted.value.path }).topology.workers
+      const topology = wanted.value === undefined ? undefined : parseTopology(wanted.value.text, { path: wanted.value.path }).topology
+      const there = topology?.workers ?? []
       const isNode = offers.some((node) => node.name === name) || nodes.includes(name)
       const worker = there.find((one) => one.name === name)
       if (!isNode && worker === undefined) throw new DrainError(`there is no node and no worker ${name}: ${[...offers, ...there].map((one) => one.name).join(", ") || "nothing"} is there`)
@@ -126,10 +127,8 @@ export class ClusterControl {
       const changed = (names: ReadonlyArray<string>) => [...names.filter((one) => one !== name), ...(undo ? [] : [name])].sort()
       const next = isNode ? { nodes: changed(nodes), workers } : { nodes, workers: changed(workers) }
       if ((await clusterKeys.drained.write(this.#bucket, next, drained.revision)) === undefined) continue
-      if (!isNode || wanted.value === undefined) return { kind: isNode ? "node" : "worker", unplaceable: [] }
-      const { topology } = parseTopology(wanted.value.text, { path: wanted.value.path })
-      const { unplaceable } = place({ topology, nodes: offers, drained: new Set(next.nodes), previous: [], nowMs: Date.now() })
-      return { kind: "node", unplaceable }
+      if (!isNode || topology === undefined) return { kind: isNode ? "node" : "worker", unplaceable: [] }
+      return { kind: "node", unplaceable: place({ topology, nodes: offers, drained: new Set(next.nodes), previous: [], nowMs: Date.now() }).unplaceable }
     }
   }
 

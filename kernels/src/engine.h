@@ -56,7 +56,7 @@ struct StepResult {
 class Engine {
  public:
   // Raised by any change that changes a bit of any result.
-  static constexpr int kNumericsVersion = 3;
+  static constexpr int kNumericsVersion = 4;
 
   virtual ~Engine() = default;
   Engine(const Engine&) = delete;

@@ -6,9 +6,9 @@
  * What it says is gibberish; what it reads and multiplies is the real model's.
  */
 import { closeSync, openSync, writeSync } from "node:fs"
-import { array, f32, ggufBytes, tensorTypeIds, text, u32, type TensorTypeName } from "../support/gguf-writer.ts"
+import { array, ggufBytes, tensorTypeIds, text, u32, type TensorTypeName } from "../support/gguf-writer.ts"
 import { quantise } from "../support/quantise.ts"
-import { randomNumbers } from "../support/tiny-model.ts"
+import { llamaMetadata, randomNumbers } from "../support/tiny-model.ts"
 
 /** Llama-3-8B and SmolLM2-135M, as their files say. */
 const shapes = {
@@ -77,20 +77,7 @@ tensors.reduce((offset, { bytes }) => (offsets.push(offset), offset + aligned(by
 const header = ggufBytes({
   alignment,
   metadata: [
-    ["general.architecture", text("llama")],
-    ["general.name", text(`${shapeName} ${type}, random`)],
-    ["llama.block_count", u32(layers)],
-    ["llama.context_length", u32(8192)],
-    ["llama.embedding_length", u32(shape.hidden)],
-    ["llama.feed_forward_length", u32(shape.ffn)],
-    ["llama.attention.head_count", u32(shape.heads)],
-    ["llama.attention.head_count_kv", u32(shape.kvHeads)],
-    ["llama.attention.key_length", u32(shape.headDim)],
-    ["llama.attention.value_length", u32(shape.headDim)],
-    ["llama.attention.layer_norm_rms_epsilon", f32(1e-5)],
-    ["llama.rope.freq_base", f32(shape.ropeBase)],
-    ["llama.rope.dimension_count", u32(shape.headDim)],
-    ["llama.vocab_size", u32(shape.vocabulary)],
+    ...llamaMetadata(`${shapeName} ${type}, random`, { ...shape, layers, context: 8192, epsilon: 1e-5 }),
     ["tokenizer.ggml.model", text("gpt2")],
     ["tokenizer.ggml.pre", text("smollm")],
     ["tokenizer.ggml.tokens", array("string", Array.from({ length: shape.vocabulary }, (_, i) => (i < 256 ? String.fromCodePoint(0x100 + i) : `t${i}`)))],

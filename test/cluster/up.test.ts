@@ -21,6 +21,15 @@ it("prints its address and a ready line, answers, and ends with code 0 on Ctrl-C
   expect(started.output()).toMatch(/^ready/m)
 })
 
+it("brings up the real model by one command, which answers a question", { timeout: 120_000 }, async () => {
+  const started = await startProcess({ real: true })
+  const body = { model: "smollm2-135m", messages: [{ role: "user", content: "What is 2 + 2?" }], temperature: 0, max_tokens: 30 }
+  const answer = (await (await fetch(`${started.url}/v1/chat/completions`, { method: "POST", body: JSON.stringify(body) })).json()) as { choices: ReadonlyArray<{ message: { content: string } }> }
+  expect(answer.choices[0]!.message.content).toContain("4")
+  expect(await started.signal("SIGINT")).toBe(0)
+  expect(started.output()).toMatch(/^Penstock serves smollm2-135m at /m)
+})
+
 it.each(["SIGINT", "SIGTERM"] as const)("on %s while it still starts it ends with code 0 and leaves no process behind", async (signal) => {
   const { folder, path } = await writeTopology(["bus: { nats: { spawn: true } }", "workers:", "  - { name: w0, roles: [prefill, decode] }", "  - { name: w1, roles: [prefill, decode] }"])
   const { child, ended, output } = runStart(["--topology", path, "--port", "0"])

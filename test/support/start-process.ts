@@ -24,18 +24,18 @@ export const runStart = (args: ReadonlyArray<string>): { readonly child: ChildPr
   return { child, output: () => output, ended }
 }
 
-/** A folder with a tiny model and a topology file that serves it, `extra` lines added. */
-export const writeTopology = async (extra: ReadonlyArray<string> = []): Promise<{ readonly folder: string; readonly path: string }> => {
+/** A folder with a topology file, `extra` lines added, that serves a tiny model, or where it is `real` the one that is served where none is named. */
+export const writeTopology = async (extra: ReadonlyArray<string> = [], real = false): Promise<{ readonly folder: string; readonly path: string }> => {
   const folder = mkdtempSync(join(tmpdir(), "penstock-up-"))
-  await writeTinyModel(join(folder, "tiny.gguf"))
+  if (!real) await writeTinyModel(join(folder, "tiny.gguf"))
   const path = join(folder, "tiny.yaml")
-  writeFileSync(path, ["penstock: 1", `model: file:${join(folder, "tiny.gguf")}`, ...extra, "kvStore: { disk: { path: kv } }", ""].join("\n"))
+  writeFileSync(path, ["penstock: 1", ...(real ? [] : [`model: file:${join(folder, "tiny.gguf")}`]), ...extra, "kvStore: { disk: { path: kv } }", ""].join("\n"))
   return { folder, path }
 }
 
-/** Starts a topology of a tiny model and waits until it is ready. */
-export const startProcess = async (): Promise<StartedProcess> => {
-  const { folder, path } = await writeTopology()
+/** Starts a topology of a tiny model, or of the real one, and waits until it is ready. Rejects with what it printed where it ends before. */
+export const startProcess = async ({ real = false } = {}): Promise<StartedProcess> => {
+  const { folder, path } = await writeTopology([], real)
   const { child, output, ended } = runStart(["--topology", path, "--port", "0"])
   const gone = ended.then((code) => {
     throw new Error(`it ended with ${code}: ${output()}`)
@@ -54,5 +54,5 @@ export const startProcess = async (): Promise<StartedProcess> => {
     rmSync(folder, { recursive: true, force: true })
     return code
   }
-  return { url, folder, modelName: "tiny", output, signal }
+  return { url, folder, modelName: real ? "smollm2-135m" : "tiny", output, signal }
 }

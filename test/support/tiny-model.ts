@@ -136,6 +136,37 @@ const tinyVocabulary = (size: number): { tokens: Array<string>; types: Array<num
   return { tokens, types, merges }
 }
 
+export interface LlamaShape {
+  readonly layers: number
+  readonly context: number
+  readonly hidden: number
+  readonly ffn: number
+  readonly heads: number
+  readonly kvHeads: number
+  readonly headDim: number
+  readonly epsilon: number
+  readonly ropeBase: number
+  readonly vocabulary: number
+}
+
+/** What a file of the architecture llama says of its shape. */
+export const llamaMetadata = (name: string, shape: LlamaShape): ReadonlyArray<readonly [string, Value]> => [
+  ["general.architecture", text("llama")],
+  ["general.name", text(name)],
+  ["llama.block_count", u32(shape.layers)],
+  ["llama.context_length", u32(shape.context)],
+  ["llama.embedding_length", u32(shape.hidden)],
+  ["llama.feed_forward_length", u32(shape.ffn)],
+  ["llama.attention.head_count", u32(shape.heads)],
+  ["llama.attention.head_count_kv", u32(shape.kvHeads)],
+  ["llama.attention.key_length", u32(shape.headDim)],
+  ["llama.attention.value_length", u32(shape.headDim)],
+  ["llama.attention.layer_norm_rms_epsilon", f32(shape.epsilon)],
+  ["llama.rope.freq_base", f32(shape.ropeBase)],
+  ["llama.rope.dimension_count", u32(shape.headDim)],
+  ["llama.vocab_size", u32(shape.vocabulary)],
+]
+
 /** A tiny model; a pure function of the options. */
 export const tinyModel = (options: TinyModelOptions = {}): GgufToWrite => {
   const o = { ...tinyDefaults, ...options }
@@ -182,20 +213,7 @@ export const tinyModel = (options: TinyModelOptions = {}): GgufToWrite => {
   const { tokens, types, merges } = tinyVocabulary(o.vocabulary)
   const template = o.chatTemplate === undefined ? chatml : o.chatTemplate
   const metadata = new Map<string, Value | null>([
-    ["general.architecture", text("llama")],
-    ["general.name", text("tiny")],
-    ["llama.block_count", u32(o.layers)],
-    ["llama.context_length", u32(o.context)],
-    ["llama.embedding_length", u32(o.hidden)],
-    ["llama.feed_forward_length", u32(o.ffn)],
-    ["llama.attention.head_count", u32(o.heads)],
-    ["llama.attention.head_count_kv", u32(o.kvHeads)],
-    ["llama.attention.key_length", u32(o.headDim)],
-    ["llama.attention.value_length", u32(o.headDim)],
-    ["llama.attention.layer_norm_rms_epsilon", f32(o.epsilon)],
-    ["llama.rope.freq_base", f32(o.ropeBase)],
-    ["llama.rope.dimension_count", u32(o.headDim)],
-    ["llama.vocab_size", u32(o.vocabulary)],
+    ...llamaMetadata("tiny", o),
     ["tokenizer.ggml.model", text("gpt2")],
     ["tokenizer.ggml.pre", text("smollm")],
     ["tokenizer.ggml.tokens", array("string", tokens)],

@@ -314,7 +314,9 @@ __global__ void __launch_bounds__(kManyRowsWarps * 32)
       }
     }
     if (chunk % kSliceChunks == kSliceChunks - 1 || chunk == end - 1) {
-      float4* const leaves = slices_each == 0 ? nullptr : partial + (size_t(chunk / kSliceChunks) * gridDim.x + blockIdx.x) * kPartialOfBlock + threadIdx.x / 32 * (kPanelsOfWarp * kManyTiles * 32) + lane;
+      float4* const leaves = slices_each == 0 ? nullptr
+                                              : partial + (size_t(chunk / kSliceChunks) * gridDim.x + blockIdx.x) * kPartialOfBlock +
+                                                    warp * (kPanelsOfWarp * kManyTiles * 32) + lane;
 #pragma unroll
       for (int p = 0; p < kPanelsOfWarp; ++p) {
 #pragma unroll

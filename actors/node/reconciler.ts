@@ -188,6 +188,8 @@ export class Reconciler {
       if (current !== undefined) {
         if (current.id === generationIn(target.wanted)) this.#options.hosting.follow(current.id, target.wanted)
         this.#options.front.switchTo(current) // its name or its context may be another
+        // They serve, and the gateway may still have to hear of the last ones.
+        yield* current.members.untilServing(this.actual.components.filter((component) => component.generation === current.id))
       }
       return end("done")
     })

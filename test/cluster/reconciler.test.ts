@@ -1,5 +1,6 @@
 import { createServer, type AddressInfo } from "node:net"
-import { afterEach, beforeEach, describe, expect, it } from "vitest"
+import { afterEach, beforeEach, describe, expect, it, onTestFinished, vi } from "vitest"
+import { presenceSubject } from "../../actors/messages/subjects.ts"
 import type { Topology } from "../../config/topology.ts"
 import { startNode, streamCompletion, type StartedNode } from "../support/start-node.ts"
 
@@ -30,6 +31,22 @@ describe("a reconciler", () => {
     expect(await settled()).toMatchObject({ outcome: "done" })
     expect(node.workers.get("w0")!.kernels.info.blocks).toBe(300)
     await answers()
+  })
+
+  it("is done when the gateway has heard of what serves, and not before", async () => {
+    const publish = node.bus.publish.bind(node.bus)
+    const late: Array<NodeJS.Timeout> = []
+    onTestFinished(() => {
+      vi.restoreAllMocks()
+      late.forEach(clearTimeout)
+    })
+    vi.spyOn(node.bus, "publish").mockImplementation((subject, ...message) => {
+      if (subject === presenceSubject(node.namespace)) late.push(setTimeout(() => publish(subject, ...message), 200))
+      else publish(subject, ...message)
+    })
+    want({ ...node.topology, workers: [...node.topology.workers, { ...node.topology.workers[0]!, name: "w1" }] })
+    expect(await settled()).toMatchObject({ outcome: "done" })
+    expect(await (await fetch(`${node.url}/ready`)).json()).toEqual({ ready: true })
   })
 
   it("does what it can where a step fails, says what is left, and tries again", async () => {

@@ -38,7 +38,7 @@ struct AwqMatrix {
 bool has_awq(const GgufFile& file, const std::string& name);
 
 // The matrix `name`, in the file's mapping. Throws std::runtime_error that names the tensor which is missing, of another type or
-// shape, or has a scale that is not finite.
+// shape, or has a scale whose weights no half holds.
 AwqMatrix read_awq(const GgufFile& file, const std::string& name, int outputs, int inputs);
 
 }  // namespace penstock

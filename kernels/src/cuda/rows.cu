@@ -39,7 +39,8 @@ void rotate_and_store(const Queue& queue, const KvView& kv, int layer, const Ste
                              step.tables,
                              arguments.queries};
   launch(queue.device, queue.stream, "rotate_and_store", rotate_and_store_kernel,
-         {static_cast<unsigned>(rows), parts(arguments.heads + 2 * kv.kv_heads, kStoreWarps)}, {kStoreWarps * 32}, kStoreWarps * kMostStoredDim * sizeof(float), kv, layer, in);
+         {static_cast<unsigned>(rows), parts(arguments.heads + 2 * kv.kv_heads, kStoreWarps)}, {kStoreWarps * 32},
+         kStoreWarps * kMostStoredDim * sizeof(float), kv, layer, in);
 }
 
 void draw_tokens(const Queue& queue, const float* logits, size_t stride, int vocabulary, const DrawOrder* orders, int count, int32_t* tokens) {

@@ -1,6 +1,7 @@
 // AVX2: attention of some query rows over one tile of keys.
 #include "avx2_kernels.h"
 #include "avx2_softmax.h"
+#include "row_runs.h"
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -97,7 +98,7 @@ void attend_rows(const KeyTile& tile, QueryRow* rows, int head_dim, float* scrat
   const int fewest = rows[0].visible;
   score<R>(tile, rows, head_dim, rows[R - 1].visible, weights);
   float max[R], sum[R];
-  for (int r = 0; r < R; ++r) weigh(weights + r * kTileTokens, rows[r].visible, rows[r].visible, &max[r], &sum[r]);
+  for (int r = 0; r < R; ++r) weigh(weights + r * kTileTokens, rows[r].visible, &max[r], &sum[r]);
 
   std::memset(totals, 0, sizeof(float) * R * padded_dim);
   add_values<R>(tile, 0, fewest, weights, totals, padded_dim);
@@ -120,15 +121,7 @@ void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float*
     ++rows;
     --count;
   }
-  for (; count >= kRows; count -= kRows, rows += kRows) attend_rows<kRows>(tile, rows, head_dim, scratch);
-  switch (count) {
-    case 5: return attend_rows<5>(tile, rows, head_dim, scratch);
-    case 4: return attend_rows<4>(tile, rows, head_dim, scratch);
-    case 3: return attend_rows<3>(tile, rows, head_dim, scratch);
-    case 2: return attend_rows<2>(tile, rows, head_dim, scratch);
-    case 1: return attend_rows<1>(tile, rows, head_dim, scratch);
-    default: return;
-  }
+  in_runs<kRows>(count, [&](auto run, int first) { attend_rows<decltype(run)::value>(tile, rows + first, head_dim, scratch); });
 }
 
 void merge(QueryRow& row, const QueryRow& tile, int head_dim) {

@@ -121,7 +121,7 @@ CodedRow weigh_values(const KeyTile& tile, float* weights /* [kTileTokens] */, i
     _mm_storeu_si128(reinterpret_cast<__m128i*>(integers + t),
                      _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
   }
-  return {0.0f, 0.0f, step.scale, tree_sum16(Lanes{offsets[0], offsets[1]})};
+  return {step.scale, tree_sum16(Lanes{offsets[0], offsets[1]})};
 }
 
 // totals[r][d] of all tokens, for 16 dimensions of R rows.
@@ -153,8 +153,9 @@ template <int kBits>
 void attend_bits(const KeyTile& tile, QueryRow* rows, int count, int head_dim, const CodedScratch& scratch) {
   const int tokens = rows[count - 1].visible;  // rows come in order of position
   CodedRow coded[kMostQueries];
+  float max[kMostQueries], sum[kMostQueries];
   spread_keys<kBits>(tile, head_dim, tokens, scratch.codes);
-  in_runs(count, [&](auto run, int first) {
+  in_runs<kCodedRows>(count, [&](auto run, int first) {
     constexpr int R = decltype(run)::value;
     const int most = rows[first + R - 1].visible;
     CodedQuery steps[R];
@@ -163,25 +164,20 @@ void attend_bits(const KeyTile& tile, QueryRow* rows, int count, int head_dim, c
       score_group<R>(tile, scratch.codes, scratch.queries, steps, head_dim, g, scratch.scores);
     for (int r = 0; r < R; ++r) {
       float* scores = scratch.scores + r * kTileTokens;
-      float max, sum;
-      weigh(scores, rows[first + r].visible, most, &max, &sum);
+      weigh(scores, rows[first + r].visible, &max[first + r], &sum[first + r]);
       coded[first + r] = weigh_values(tile, scores, rows[first + r].visible, most, scratch.weights + (first + r) * kTileTokens);
-      coded[first + r].max = max;
-      coded[first + r].sum = sum;
     }
   });
 
   const int stride = coded_stride(head_dim);
   spread_values<kBits>(tile, head_dim, tokens, scratch.codes);
-  in_runs(count, [&](auto run, int first) {
+  in_runs<kCodedRows>(count, [&](auto run, int first) {
     constexpr int R = decltype(run)::value;
     const int most = rows[first + R - 1].visible;
     const int16_t* weights = scratch.weights + first * kTileTokens;
     for (int d = 0; d < head_dim; d += 16) add_values<R>(scratch.codes, stride, most, d, weights, coded + first, scratch.totals);
-    for (int r = 0; r < R; ++r) {
-      const CodedRow& row = coded[first + r];
-      merge(rows[first + r], {nullptr, 0, row.max, row.sum, scratch.totals + r * kMostHeadDim}, head_dim);
-    }
+    for (int r = 0; r < R; ++r)
+      merge(rows[first + r], {nullptr, 0, max[first + r], sum[first + r], scratch.totals + r * kMostHeadDim}, head_dim);
   });
 }
 

@@ -1,21 +1,18 @@
-// What both vector forms of attention over codes share: a query in integers, and the division of rows. Only for files compiled for
+// What both vector forms of attention over codes share: a query in integers, and the scratch. Only for files compiled for
 // AVX2, FMA and F16C.
 #pragma once
 
-#include <type_traits>
-
 #include "avx2_math.h"
 #include "kv_codes.h"
+#include "row_runs.h"
 
 namespace penstock::avx2 {
 
 // Query rows whose sums fit into registers together.
 constexpr int kCodedRows = 6;
 
-// What attention keeps of a row between a tile's keys and its values.
+// What a row's sum of codes stands for: scale * sum + offset.
 struct CodedRow {
-  float max;
-  float sum;
   float scale;   // of the integer weights
   float offset;  // sum of weight * the values' zero
 };
@@ -83,21 +80,6 @@ static inline CodedQuery to_integers(const float* query, int head_dim, int16_t* 
     sum += integers[d];
   }
   return {step.scale, step.scale * static_cast<float>(sum)};
-}
-
-// Calls `body` with each run of rows, whose number is known when it is compiled.
-template <class Body>
-static inline void in_runs(int count, Body&& body) {
-  int first = 0;
-  for (; count - first >= kCodedRows; first += kCodedRows) body(std::integral_constant<int, kCodedRows>(), first);
-  switch (count - first) {
-    case 5: return body(std::integral_constant<int, 5>(), first);
-    case 4: return body(std::integral_constant<int, 4>(), first);
-    case 3: return body(std::integral_constant<int, 3>(), first);
-    case 2: return body(std::integral_constant<int, 2>(), first);
-    case 1: return body(std::integral_constant<int, 1>(), first);
-    default: return;
-  }
 }
 
 }  // namespace penstock::avx2

@@ -330,6 +330,7 @@ void linear(const Matrix& matrix, int first, int last, const LinearInput& input,
       case TensorType::Q4_K: quantised(quantised_panel<block_format(TensorType::Q4_K)>); break;
       case TensorType::Q5_K: quantised(quantised_panel<block_format(TensorType::Q5_K)>); break;
       case TensorType::Q6_K: quantised(quantised_panel<block_format(TensorType::Q6_K)>); break;
+      case TensorType::I32: break;  // no matrix is of it
     }
   }
 }

@@ -6,11 +6,12 @@
 
 namespace penstock::avx2 {
 
-// Scores become weights exp(score - max); those beyond `visible`, whatever they were computed from, become zero.
-static inline void weigh(float* scores /* [kTileTokens] */, int visible, int tokens, float* max_out, float* sum_out) {
+// Scores become weights exp(score - max); those beyond `visible`, whatever they were computed from, become zero up to the end
+// of their group of 16.
+static inline void weigh(float* scores /* [kTileTokens] */, int visible, float* max_out, float* sum_out) {
   const __m256 lowest = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
   const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const int padded = (tokens + kGroupTokens - 1) / kGroupTokens * kGroupTokens;
+  const int padded = (visible + kGroupTokens - 1) / kGroupTokens * kGroupTokens;
   __m256 greatest = lowest;
   for (int t = 0; t < padded; t += 8) {
     __m256 s = _mm256_loadu_ps(scores + t);

@@ -1,8 +1,8 @@
 // AVX-512: attention of some query rows over one tile of keys. Same steps as avx2_attention.cc, in registers twice as wide: the
 // sixteen lanes of a sum are one register, as are the keys of a group.
-#include "avx2_kernels.h"
 #include "avx512_kernels.h"
 #include "avx512_softmax.h"
+#include "row_runs.h"
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -84,15 +84,12 @@ void attend_rows(const KeyTile& tile, QueryRow* rows, int head_dim, float* scrat
   const int padded_dim = (head_dim + 15) / 16 * 16;
   float* weights = scratch;                       // [R, kTileTokens]
   float* totals = scratch + kRows * kTileTokens;  // [R, padded_dim]
-  int most = rows[0].visible;
-  int fewest = most;
-  for (int r = 1; r < R; ++r) {
-    most = rows[r].visible > most ? rows[r].visible : most;
-    fewest = rows[r].visible < fewest ? rows[r].visible : fewest;
-  }
+  // Rows come in order of position.
+  const int fewest = rows[0].visible;
+  const int most = rows[R - 1].visible;
   score<R>(tile, rows, head_dim, most, weights);
   float max[R], sum[R];
-  for (int r = 0; r < R; ++r) weigh(weights + r * kTileTokens, rows[r].visible, most, &max[r], &sum[r]);
+  for (int r = 0; r < R; ++r) weigh(weights + r * kTileTokens, rows[r].visible, &max[r], &sum[r]);
 
   std::memset(totals, 0, sizeof(float) * R * padded_dim);
   add_all_values<R>(tile, 0, fewest, weights, totals, padded_dim);
@@ -102,8 +99,7 @@ void attend_rows(const KeyTile& tile, QueryRow* rows, int head_dim, float* scrat
       add_all_values<1>(tile, fewest, rows[r].visible, weights + r * kTileTokens, totals + r * padded_dim, padded_dim);
     }
   }
-
-  for (int r = 0; r < R; ++r) avx2::merge(rows[r], {nullptr, 0, max[r], sum[r], totals + r * padded_dim}, head_dim);
+  merge_all(rows, R, max, sum, totals, padded_dim, head_dim);
 }
 
 }  // namespace
@@ -115,15 +111,7 @@ void attend(const KeyTile& tile, QueryRow* rows, int count, int head_dim, float*
     ++rows;
     --count;
   }
-  for (; count >= kRows; count -= kRows, rows += kRows) attend_rows<kRows>(tile, rows, head_dim, scratch);
-  switch (count) {
-    case 5: return attend_rows<5>(tile, rows, head_dim, scratch);
-    case 4: return attend_rows<4>(tile, rows, head_dim, scratch);
-    case 3: return attend_rows<3>(tile, rows, head_dim, scratch);
-    case 2: return attend_rows<2>(tile, rows, head_dim, scratch);
-    case 1: return attend_rows<1>(tile, rows, head_dim, scratch);
-    default: return;
-  }
+  in_runs<kRows>(count, [&](auto run, int first) { attend_rows<decltype(run)::value>(tile, rows + first, head_dim, scratch); });
 }
 
 }  // namespace penstock::avx512

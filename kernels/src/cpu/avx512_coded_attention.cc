@@ -1,7 +1,6 @@
 // AVX-512 with VNNI: attention of some query rows over one tile of codes, by integers, as kv_codes.h says. A tile's codes are
 // spread out to 16 bits once for all rows; VPDPWSSD then multiplies two dimensions of a key, or two tokens' values, a lane.
 #include "avx2_codes.h"
-#include "avx2_kernels.h"
 #include "avx512_kernels.h"
 #include "avx512_softmax.h"
 
@@ -123,7 +122,7 @@ CodedRow weigh_values(const KeyTile& tile, float* weights /* [kTileTokens] */, i
     const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(weights + t), inverse));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(integers + t), _mm512_cvtsepi32_epi16(rounded));
   }
-  return {0.0f, 0.0f, step.scale, tree_sum16(offset)};
+  return {step.scale, tree_sum16(offset)};
 }
 
 // totals[r][d] of all tokens, for 16 * C dimensions of R rows.
@@ -158,8 +157,9 @@ template <int kBits>
 void attend_bits(const KeyTile& tile, QueryRow* rows, int count, int head_dim, const CodedScratch& scratch) {
   const int tokens = rows[count - 1].visible;  // rows come in order of position
   CodedRow coded[kMostQueries];
+  float max[kMostQueries], sum[kMostQueries];
   spread_keys<kBits>(tile, head_dim, tokens, scratch.codes);
-  avx2::in_runs(count, [&](auto run, int first) {
+  in_runs<kCodedRows>(count, [&](auto run, int first) {
     constexpr int R = decltype(run)::value;
     constexpr int kGroups = R <= 3 ? 4 : 2;  // few rows take more, so that enough chains are under way
     const int most = rows[first + R - 1].visible;
@@ -172,17 +172,14 @@ void attend_bits(const KeyTile& tile, QueryRow* rows, int count, int head_dim, c
     for (; g < groups; ++g) score_groups<R, 1>(tile, scratch.codes, scratch.queries, steps, head_dim, g, scratch.scores);
     for (int r = 0; r < R; ++r) {
       float* scores = scratch.scores + r * kTileTokens;
-      float max, sum;
-      weigh(scores, rows[first + r].visible, most, &max, &sum);
+      weigh(scores, rows[first + r].visible, &max[first + r], &sum[first + r]);
       coded[first + r] = weigh_values(tile, scores, rows[first + r].visible, most, scratch.weights + (first + r) * kTileTokens);
-      coded[first + r].max = max;
-      coded[first + r].sum = sum;
     }
   });
 
   const int stride = coded_stride(head_dim);
   spread_values<kBits>(tile, head_dim, tokens, scratch.codes);
-  avx2::in_runs(count, [&](auto run, int first) {
+  in_runs<kCodedRows>(count, [&](auto run, int first) {
     constexpr int R = decltype(run)::value;
     const int most = rows[first + R - 1].visible;
     const int16_t* weights = scratch.weights + first * kTileTokens;
@@ -190,10 +187,7 @@ void attend_bits(const KeyTile& tile, QueryRow* rows, int count, int head_dim, c
     for (; d + 64 <= head_dim; d += 64)
       add_values<R, 4>(scratch.codes, stride, most, d, weights, coded + first, scratch.totals);
     for (; d < head_dim; d += 16) add_values<R, 1>(scratch.codes, stride, most, d, weights, coded + first, scratch.totals);
-    for (int r = 0; r < R; ++r) {
-      const CodedRow& row = coded[first + r];
-      avx2::merge(rows[first + r], {nullptr, 0, row.max, row.sum, scratch.totals + r * kMostHeadDim}, head_dim);
-    }
+    merge_all(rows + first, R, max + first, sum + first, scratch.totals, kMostHeadDim, head_dim);
   });
 }
 

@@ -6,6 +6,7 @@
 #include "avx2_kernels.h"
 #include "avx2_math.h"
 #include "avx512_kernels.h"
+#include "row_runs.h"
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -27,12 +28,18 @@ struct Rows {
   size_t block_stride;
 };
 
-// The same four bytes in every lane: four values, or two sums.
-template <class T>
-inline __m512i broadcast(const T* from) {
+// The same two sums in every lane.
+inline __m512i broadcast_sums(const int16_t* from) {
   int32_t word;
   std::memcpy(&word, from, sizeof word);
   return _mm512_set1_epi32(word);
+}
+
+// Adds levels times the four values at `from`, the same in every lane. Written out, as gcc 12 would load them with an instruction
+// of their own, and a tile waits for its instructions to be decoded then.
+inline __m512i add_dots(__m512i dots, __m512i levels, const int8_t* from) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(dots) : "v"(levels), "m"(*reinterpret_cast<const int32_t*>(from)));
+  return dots;
 }
 
 inline __m512 load_half16(const uint8_t* from) {
@@ -111,14 +118,14 @@ void tile(const uint8_t* panel, int blocks, const Rows& rows, float* out, size_t
       UNROLL for (int r = 0; r < R; ++r) {
         dots[r] = _mm512_setzero_si512();
         if constexpr (kCentred) {
-          const __m512i centre = _mm512_madd_epi16(s.centres, broadcast(rows.sums + 2 * (r * rows.block_stride + b)));
+          const __m512i centre = _mm512_madd_epi16(s.centres, broadcast_sums(rows.sums + 2 * (r * rows.block_stride + b)));
           (kHalves ? first_half : dots)[r] = centre;
         }
       }
       UNROLL for (int k = 0; k < 8; ++k) {
         const __m512i levels = load_levels<kFormat.bits>(panel, k);
         UNROLL for (int r = 0; r < R; ++r) {
-          dots[r] = _mm512_dpbusd_epi32(dots[r], levels, broadcast(values + r * rows.value_stride + 4 * k));
+          dots[r] = add_dots(dots[r], levels, values + r * rows.value_stride + 4 * k);
           if (kHalves && k == 3) {
             first_half[r] = _mm512_add_epi32(first_half[r], _mm512_mullo_epi32(dots[r], s.factors[0]));
             dots[r] = _mm512_setzero_si512();
@@ -140,23 +147,19 @@ void tile(const uint8_t* panel, int blocks, const Rows& rows, float* out, size_t
     _mm512_storeu_ps(out + r * out_stride, sums[r]);
 }
 
-// All rows of the input, eight at a time.
+// All rows of the input.
 template <BlockFormat kFormat>
 void quantised_panel(const uint8_t* panel, int blocks, const LinearInput& input, float* out, size_t out_stride) {
-  using Tile = void (*)(const uint8_t* panel, int blocks, const Rows& rows, float* out, size_t out_stride);
-  constexpr Tile kTiles[kRows] = {tile<kFormat, 1>, tile<kFormat, 2>, tile<kFormat, 3>, tile<kFormat, 4>,
-                                  tile<kFormat, 5>, tile<kFormat, 6>, tile<kFormat, 7>, tile<kFormat, 8>};
-  for (int row = 0; row < input.rows; row += kRows) {
-    const int count = input.rows - row < kRows ? input.rows - row : kRows;
-    const size_t block_row = row * input.block_stride;
-    const Rows rows = {input.values + row * input.value_stride,
+  in_runs<kRows>(input.rows, [&](auto run, int first) {
+    const size_t block_row = first * input.block_stride;
+    const Rows rows = {input.values + first * input.value_stride,
                        input.value_stride,
                        input.scales + block_row,
                        input.offsets + block_row,
                        input.sums + 2 * block_row,
                        input.block_stride};
-    kTiles[count - 1](panel, blocks, rows, out + row * out_stride, out_stride);
-  }
+    tile<kFormat, decltype(run)::value>(panel, blocks, rows, out + first * out_stride, out_stride);
+  });
 }
 
 struct Bfloat {
@@ -218,14 +221,15 @@ void linear(const Matrix& matrix, int first, int last, const LinearInput& input,
       case TensorType::Q4_K: quantised(quantised_panel<block_format(TensorType::Q4_K)>); break;
       case TensorType::Q5_K: quantised(quantised_panel<block_format(TensorType::Q5_K)>); break;
       case TensorType::Q6_K: quantised(quantised_panel<block_format(TensorType::Q6_K)>); break;
+      case TensorType::I32: break;  // no matrix is of it
     }
   }
 }
 
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = {InstructionSet::Avx512, avx2::rms_norm, avx2::swiglu,   avx2::rotate,   avx2::to_half,
-                                avx2::quantise,         avx2::encode,   avx512::linear, avx512::attend, avx2::merge,
+const Kernels kAvx512Kernels = {InstructionSet::Avx512, avx2::rms_norm, avx512::swiglu, avx2::rotate,   avx2::to_half,
+                                avx512::quantise,       avx2::encode,   avx512::linear, avx512::attend, avx2::merge,
                                 avx2::transpose};
 
 }  // namespace penstock

@@ -44,7 +44,7 @@ constexpr int kTileTokens = 128;
 constexpr int kGroupTokens = 16;
 constexpr int kTileGroups = kTileTokens / kGroupTokens;
 // Most query rows in one call of `attend`, and most dimensions of a head.
-constexpr int kMostQueries = 32;
+constexpr int kMostQueries = 64;
 constexpr int kMostHeadDim = 512;
 
 // K and V of one KV head for up to kTileTokens consecutive positions, wherever their blocks are. Sixteen bits are an f16, or two

@@ -47,13 +47,13 @@ void score(const KeyTile& tile, const QueryRow* rows, int head_dim, int tokens, 
   for (; g < groups; ++g) score_groups<R, 1>(tile, rows, head_dim, g, scores);
 }
 
-// totals[r][d] over keys first … last-1, for 16 * C dimensions of R rows, continuing what is in `totals`.
-template <int R, int C>
-void add_values(const KeyTile& tile, int first, int last, int d, const float* weights, float* totals, int stride) {
+// Sums of values times weights over keys first … last-1, for 16 * C dimensions of R rows, from `begin` on; `end` takes them.
+template <int R, int C, class Begin, class End>
+void add_values(const KeyTile& tile, int first, int last, int d, const float* weights, Begin&& begin, End&& end) {
   __m512 sums[R][C];
   UNROLL for (int r = 0; r < R; ++r) {
     UNROLL for (int c = 0; c < C; ++c)
-      sums[r][c] = _mm512_loadu_ps(totals + r * stride + d + 16 * c);
+      sums[r][c] = begin(r, d + 16 * c);
   }
   for (int t = first; t < last; ++t) {
     __m512 values[C];
@@ -67,39 +67,41 @@ void add_values(const KeyTile& tile, int first, int last, int d, const float* we
   }
   UNROLL for (int r = 0; r < R; ++r) {
     UNROLL for (int c = 0; c < C; ++c)
-      _mm512_storeu_ps(totals + r * stride + d + 16 * c, sums[r][c]);
+      end(r, d + 16 * c, sums[r][c]);
   }
 }
 
-template <int R>
-void add_all_values(const KeyTile& tile, int first, int last, const float* weights, float* totals, int padded_dim) {
+template <int R, class Begin, class End>
+void add_all_values(const KeyTile& tile, int first, int last, const float* weights, int head_dim, Begin&& begin, End&& end) {
   int d = 0;
-  for (; d + 64 <= padded_dim; d += 64) add_values<R, 4>(tile, first, last, d, weights, totals, padded_dim);
-  for (; d < padded_dim; d += 16) add_values<R, 1>(tile, first, last, d, weights, totals, padded_dim);
+  for (; d + 64 <= head_dim; d += 64) add_values<R, 4>(tile, first, last, d, weights, begin, end);
+  for (; d < head_dim; d += 16) add_values<R, 1>(tile, first, last, d, weights, begin, end);
 }
 
-// R rows that all see at least one key of the tile.
+// R rows that all see at least one key of the tile. They come in order of position.
 template <int R>
 void attend_rows(const KeyTile& tile, QueryRow* rows, int head_dim, float* scratch) {
-  const int padded_dim = (head_dim + 15) / 16 * 16;
   float* weights = scratch;                       // [R, kTileTokens]
-  float* totals = scratch + kRows * kTileTokens;  // [R, padded_dim]
-  // Rows come in order of position.
+  float* totals = scratch + kRows * kTileTokens;  // [R, kMostHeadDim]
   const int fewest = rows[0].visible;
   const int most = rows[R - 1].visible;
   score<R>(tile, rows, head_dim, most, weights);
   float max[R], sum[R];
   for (int r = 0; r < R; ++r) weigh(weights + r * kTileTokens, rows[r].visible, &max[r], &sum[r]);
+  const MergeFactors factors(rows, R, max, sum);
 
-  std::memset(totals, 0, sizeof(float) * R * padded_dim);
-  add_all_values<R>(tile, 0, fewest, weights, totals, padded_dim);
+  const auto zero = [](int, int) { return _mm512_setzero_ps(); };
+  const auto merge = [&](int r, int d, __m512 total) { factors.merge(rows, r, d, total); };
+  if (fewest == most) return add_all_values<R>(tile, 0, most, weights, head_dim, zero, merge);
   // As in AVX2, keys that only some rows see are added row by row.
+  add_all_values<R>(tile, 0, fewest, weights, head_dim, zero,
+                    [&](int r, int d, __m512 total) { _mm512_storeu_ps(totals + r * kMostHeadDim + d, total); });
   for (int r = 0; r < R; ++r) {
-    if (rows[r].visible > fewest) {
-      add_all_values<1>(tile, fewest, rows[r].visible, weights + r * kTileTokens, totals + r * padded_dim, padded_dim);
-    }
+    add_all_values<1>(
+        tile, fewest, rows[r].visible, weights + r * kTileTokens, head_dim,
+        [&](int, int d) { return _mm512_loadu_ps(totals + r * kMostHeadDim + d); },
+        [&](int, int d, __m512 total) { merge(r, d, total); });
   }
-  merge_all(rows, R, max, sum, totals, padded_dim, head_dim);
 }
 
 }  // namespace

@@ -32,30 +32,35 @@ static inline void weigh(float* scores /* [kTileTokens] */, int visible, float* 
   *sum_out = tree_sum16(sum);
 }
 
-// Kernels::merge for some rows, with what each gathered over one tile: max and sum [count], totals [count, stride].
-static inline void merge_all(QueryRow* rows, int count, const float* max, const float* sum, const float* totals, size_t stride,
-                             int head_dim) {
-  alignas(64) float old_weights[kMostQueries] = {}, new_weights[kMostQueries] = {};
-  float greatest[kMostQueries];
-  for (int r = 0; r < count; ++r) {
-    greatest[r] = max[r] > rows[r].max ? max[r] : rows[r].max;
-    old_weights[r] = rows[r].max - greatest[r];
-    new_weights[r] = max[r] - greatest[r];
-  }
-  for (int r = 0; r < count; r += 16) {
-    _mm512_store_ps(old_weights + r, exp_of_negative(_mm512_load_ps(old_weights + r)));
-    _mm512_store_ps(new_weights + r, exp_of_negative(_mm512_load_ps(new_weights + r)));
-  }
-  for (int r = 0; r < count; ++r) {
-    const __m512 o = _mm512_set1_ps(old_weights[r]);
-    const __m512 n = _mm512_set1_ps(new_weights[r]);
-    for (int d = 0; d < head_dim; d += 16) {  // totals are padded to 16
-      const __m512 total = _mm512_mul_ps(_mm512_loadu_ps(totals + r * stride + d), n);
-      _mm512_storeu_ps(rows[r].total + d, _mm512_fmadd_ps(_mm512_loadu_ps(rows[r].total + d), o, total));
+// Kernels::merge for some rows, but for their totals: the greatest score and the sum of each become those of what came before
+// and of one tile, max and sum [count], and the factors are what the totals of both are multiplied with.
+struct MergeFactors {
+  alignas(64) float before[kMostQueries];
+  alignas(64) float tile[kMostQueries];
+
+  MergeFactors(QueryRow* rows, int count, const float* max, const float* sum) {
+    float greatest[kMostQueries];
+    for (int r = 0; r < count; ++r) {
+      greatest[r] = max[r] > rows[r].max ? max[r] : rows[r].max;
+      before[r] = rows[r].max - greatest[r];
+      tile[r] = max[r] - greatest[r];
     }
-    rows[r].sum = std::fma(rows[r].sum, old_weights[r], sum[r] * new_weights[r]);
-    rows[r].max = greatest[r];
+    for (int r = 0; r < count; r += 16) {  // what lies beyond `count` is not looked at
+      _mm512_store_ps(before + r, exp_of_negative(_mm512_load_ps(before + r)));
+      _mm512_store_ps(tile + r, exp_of_negative(_mm512_load_ps(tile + r)));
+    }
+    for (int r = 0; r < count; ++r) {
+      rows[r].sum = std::fma(rows[r].sum, before[r], sum[r] * tile[r]);
+      rows[r].max = greatest[r];
+    }
   }
-}
+
+  // Sixteen dimensions of row r.
+  void merge(QueryRow* rows, int r, int d, __m512 total) const {
+    float* into = rows[r].total + d;
+    _mm512_storeu_ps(into, _mm512_fmadd_ps(_mm512_loadu_ps(into), _mm512_set1_ps(before[r]),
+                                           _mm512_mul_ps(total, _mm512_set1_ps(tile[r]))));
+  }
+};
 
 }  // namespace penstock::avx512

@@ -66,7 +66,7 @@ export class TransferReceiver {
   #newest = -1 // largest sequence number taken
   #gapless = 0 // all below are taken
   #quietSeen = -1 // what the sender said last time, where no chunk has come since
-  readonly #subscriptions: Array<Subscription>
+  readonly #subscriptions: ReadonlyArray<Subscription>
   readonly #timer: NodeJS.Timeout
   readonly #outcome = new Settlement<ReceivedTransfer>()
   #missingCells: number
@@ -77,6 +77,7 @@ export class TransferReceiver {
   #duplicates = 0
   #over = false
   #complete = false
+  #failure: string | undefined
   #first: ReadonlyArray<Uint8Array> | undefined // known once the sender has nothing more
   #heardAtMs: number | undefined // a prompt may wait long for its turn: silence counts from the sender's first word on
   #firstChunkAtMs: number | undefined
@@ -88,7 +89,10 @@ export class TransferReceiver {
     this.#cells = new Uint8Array(this.#missingCells)
     const { control, bulk, namespace, transferId } = options
     const chunks = transferSubject(namespace, transferId, "chunk")
-    const lost = () => this.fail(this.#fault("disconnected", "the connection was lost"))
+    const lost = () => {
+      this.close()
+      this.#outcome.reject(this.#fault("disconnected", "the connection was lost"))
+    }
     this.#subscriptions = [
       bulk.subscribe(chunks, ({ data }) => this.#chunk(data)),
       control.subscribe(transferSubject(namespace, transferId, "progress"), ({ data }) => this.#progress(data)),
@@ -100,11 +104,14 @@ export class TransferReceiver {
     this.#timer.unref()
   }
 
-  /** Gives the transfer up and tells the sender why. */
+  /** Gives the transfer up and tells the sender why: now, and where that has yet to begin when it says its first word. */
   fail(fault: Fault): void {
-    if (this.#over) return
-    if (!this.#complete) this.#tell(fault.message)
-    this.close()
+    if (this.#over || this.#failure !== undefined) return
+    if (this.#complete) return this.close()
+    this.#failure = fault.message
+    this.#heardAtMs = performance.now()
+    this.#local?.close()
+    this.#tell()
     this.#outcome.reject(fault)
   }
 
@@ -117,7 +124,7 @@ export class TransferReceiver {
   }
 
   #chunk(chunk: Uint8Array): void {
-    if (this.#over) return
+    if (this.#over || this.#failure !== undefined) return
     this.#heardAtMs = performance.now()
     this.#firstChunkAtMs ??= this.#heardAtMs
     let read: ReturnType<typeof readChunkHeader>
@@ -168,7 +175,7 @@ export class TransferReceiver {
     this.#bytes += kvChunkHeaderBytes + found.payloadBytes
     while (this.#taken.has(this.#gapless)) this.#gapless++
     if (this.#missingCells === 0 && this.#first !== undefined) return this.#finish()
-    if (this.#bytes - this.#toldBytes >= this.#options.creditBytes / 4) this.#tell(undefined)
+    if (this.#bytes - this.#toldBytes >= this.#options.creditBytes / 4) this.#tell()
   }
 
   /** False where it is not what was sent, or nobody has it any more. */
@@ -189,15 +196,18 @@ export class TransferReceiver {
     }
     const { chunks, closed, failure, final, first } = progress
     this.#heardAtMs = performance.now()
-    if (failure !== undefined) return this.fail(this.#fault("disconnected", failure))
-    if (this.#complete) return closed ? this.close() : this.#tell(undefined)
+    if (this.#complete || this.#failure !== undefined) return closed || failure !== undefined ? this.close() : this.#tell()
+    if (failure !== undefined) {
+      this.close()
+      return this.#outcome.reject(this.#fault("disconnected", failure))
+    }
     if (final) this.#first = first
     // Progress and chunks travel on different connections: what was sent is lost only when the sender says it again and
     // nothing has come in between.
     if (this.#quietSeen === chunks) this.#seen = Math.max(this.#seen, chunks)
     this.#quietSeen = chunks
     if (this.#missingCells === 0 && this.#first !== undefined) return this.#finish()
-    this.#tell(undefined)
+    this.#tell()
   }
 
   /** Sequence numbers that were sent and did not come: chunks keep their order, so a gap below the newest is a loss. */
@@ -230,7 +240,7 @@ export class TransferReceiver {
 
   #finish(): void {
     this.#complete = true
-    this.#tell(undefined)
+    this.#tell()
     const ms = performance.now() - (this.#firstChunkAtMs ?? performance.now())
     this.#outcome.resolve({ chunks: this.#taken.size, bytes: this.#bytes, ms, corrupted: this.#corrupted, duplicates: this.#duplicates, first: this.#first ?? [] })
     // The last word may be lost: the sender is answered until it says that it has heard it, or is quiet.
@@ -240,14 +250,14 @@ export class TransferReceiver {
     if (this.#heardAtMs === undefined) return
     const silentMs = performance.now() - this.#heardAtMs
     if (silentMs <= limits.kvSilenceMs) return
-    if (this.#complete) return this.close()
+    if (this.#complete || this.#failure !== undefined) return this.close()
     this.fail(this.#fault("deadline_exceeded", `nothing came for ${Math.round(silentMs)} ms`))
   }
 
-  #tell(failure: string | undefined): void {
+  #tell(): void {
     const { control, namespace, transferId } = this.#options
     this.#toldBytes = this.#bytes
-    const status = { bytes: this.#bytes, missing: this.#complete ? [] : this.#missing(), complete: this.#complete, failure }
+    const status = { bytes: this.#bytes, missing: this.#complete || this.#failure !== undefined ? [] : this.#missing(), complete: this.#complete, failure: this.#failure }
     try {
       control.publish(transferSubject(namespace, transferId, "status"), KvStatus.encode(status), { headers: { [header.version]: protocolVersion } })
     } catch {

@@ -174,6 +174,24 @@ describe("a KV transfer", () => {
     return ends.outcomes as { sent: Fault; received: Fault }
   }
 
+  it("whose receiver has given up before the sender begins is over with the sender's first word", async () => {
+    const bus = new FaultyBus(new MemoryBus(), { faultsOf: () => undefined })
+    const common = { control: bus, bulk: bus, namespace: "test", transferId, creditBytes: limits.kvWindowBytes }
+    const { source, sink } = pools(shape)
+    const receiver = new TransferReceiver({ ...common, sink, firstBlock: shape.firstBlock, blocks: shape.blocks, hop: "prefill p0" })
+    receiver.fail(new Fault({ code: "cancelled", message: "decode d0: nobody wants it any more", hop: "decode d0" }))
+    await vi.advanceTimersByTimeAsync(limits.kvSilenceMs / 2)
+    const sender = new TransferSender({ ...common, source, hop: "decode d0" })
+    sender.send({ firstLayer: 0, layers: shape.layers, firstBlock: shape.firstBlock, blocks: shape.blocks })
+    sender.finish(first)
+    let outcome: unknown
+    sender.done.then((sent) => (outcome = sent), (fault: Fault) => (outcome = fault))
+    await vi.advanceTimersByTimeAsync(limits.kvProgressIntervalMs)
+    expect(outcome).toMatchObject({ code: "disconnected", hop: "decode d0", message: expect.stringContaining("nobody wants it any more") as string })
+    expect(bus.listeners).toBe(0)
+    expect(vi.getTimerCount()).toBe(0)
+  })
+
   it("brings every byte to its place, and the first tokens, once each", async () => {
     const { sent, received } = await complete(open())
     expect(received).toMatchObject({ chunks: 9, corrupted: 0, duplicates: 0, bytes: sent.bytes })

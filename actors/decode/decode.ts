@@ -112,7 +112,7 @@ export const decodeActor = (options: DecodeActorOptions): Effect.Effect<void, ne
     const stop = () => {
       worker.receiving.delete(id)
       clearTimeout(orphaned)
-      receiver.fail(new Fault({ code: "cancelled", message: `${link.sender}: the sequence is not decoded here any more`, hop: link.sender }))
+      receiver.fail(new Fault({ code: "cancelled", message: `${link.sender}: its KV is not wanted from elsewhere any more`, hop: link.sender }))
     }
     worker.receiving.set(id, { prefixTokens, first: undefined, stop })
     receiver.done.then(

@@ -72,7 +72,10 @@ export const fetchPrefix = ({ link, buses, namespace, worker, missing, holder }:
         )
         const asked = { formatId, hashes: packHashes(hashes), layout: kv, transferId, firstBlock, creditBytes: limits.kvWindowBytes }
         const { sent } = yield* link.ask(Get, to, asked, { hop, deadlineMs: leftMs() })
-        if (!sent) return false
+        if (!sent) {
+          receiver.close() // there is no sender to be told
+          return false
+        }
         yield* Effect.tryPromise({ try: () => receiver.done, catch: (error) => Fault.from(error, hop) })
         return true
       }).pipe(Effect.scoped, Effect.orElseSucceed(() => false))

@@ -58,7 +58,8 @@ const missingOfMessage = 256
 export class TransferReceiver {
   /** Settles when everything is here, or the transfer has failed. */
   readonly done: Promise<ReceivedTransfer>
-  readonly #options: ReceiverOptions
+  readonly #options: Omit<ReceiverOptions, "sink">
+  #sink: ChunkSink | undefined // until it fails: what is there is another's then
   readonly #cells: Uint8Array // [layers, blocks] 1: written and checked
   readonly #local: LocalReceiver | undefined
   readonly #taken = new Set<number>() // sequence numbers
@@ -79,13 +80,15 @@ export class TransferReceiver {
   #complete = false
   #failure: string | undefined
   #first: ReadonlyArray<Uint8Array> | undefined // known once the sender has nothing more
-  #heardAtMs: number | undefined // a prompt may wait long for its turn: silence counts from the sender's first word on
+  #heardAtMs: number | undefined // a prompt may wait long for its turn: silence counts from the sender's first word on, or from a failure
   #firstChunkAtMs: number | undefined
 
   constructor(options: ReceiverOptions) {
-    this.#options = options
+    const { sink, ...rest } = options
+    this.#options = rest
+    this.#sink = sink
     this.done = this.#outcome.promise
-    this.#missingCells = options.sink.layers * options.blocks
+    this.#missingCells = sink.layers * options.blocks
     this.#cells = new Uint8Array(this.#missingCells)
     const { control, bulk, namespace, transferId } = options
     const chunks = transferSubject(namespace, transferId, "chunk")
@@ -99,16 +102,17 @@ export class TransferReceiver {
       control.onDisconnect(lost),
       bulk.onDisconnect(lost),
     ]
-    this.#local = options.sink.blocks && new LocalReceiver(chunks, options.sink.blocks)
+    this.#local = sink.blocks && new LocalReceiver(chunks, sink.blocks)
     this.#timer = setInterval(() => this.#watch(), limits.kvProgressIntervalMs)
     this.#timer.unref()
   }
 
-  /** Gives the transfer up and tells the sender why: now, and where that has yet to begin when it says its first word. */
+  /** Gives the transfer up and tells the sender why: now, and, for `kvSilenceMs` from its last word, one that has not heard it or has yet to begin. */
   fail(fault: Fault): void {
     if (this.#over || this.#failure !== undefined) return
     if (this.#complete) return this.close()
     this.#failure = fault.message
+    this.#sink = undefined
     this.#heardAtMs = performance.now()
     this.#local?.close()
     this.#tell()
@@ -124,7 +128,8 @@ export class TransferReceiver {
   }
 
   #chunk(chunk: Uint8Array): void {
-    if (this.#over || this.#failure !== undefined) return
+    const sink = this.#sink
+    if (this.#over || sink === undefined) return
     this.#heardAtMs = performance.now()
     this.#firstChunkAtMs ??= this.#heardAtMs
     let read: ReturnType<typeof readChunkHeader>
@@ -135,7 +140,7 @@ export class TransferReceiver {
       return
     }
     const { header: found, crc } = read
-    const { sink, transferId, firstBlock, blocks, hop } = this.#options
+    const { transferId, firstBlock, blocks, hop } = this.#options
     const isIntact = () => sink.crc32c(chunk.subarray(kvChunkHeaderBytes), sink.crc32c(headerForCrc(chunk), 0)) === crc
     // To send it again would help no more than the first time.
     if (found.transferId === transferId && found.dtype !== sink.dtype && isIntact()) {
@@ -161,7 +166,7 @@ export class TransferReceiver {
       return
     }
     try {
-      if (!this.#take(found, chunk, crc)) {
+      if (!this.#take(sink, found, chunk, crc)) {
         this.#corrupted++
         return
       }
@@ -179,8 +184,7 @@ export class TransferReceiver {
   }
 
   /** False where it is not what was sent, or nobody has it any more. */
-  #take(found: KvChunkHeader, chunk: Uint8Array, crc: number): boolean {
-    const { sink } = this.#options
+  #take(sink: ChunkSink, found: KvChunkHeader, chunk: Uint8Array, crc: number): boolean {
     const seed = sink.crc32c(headerForCrc(chunk), 0)
     if (found.sender === 0) return sink.take(found, chunk.subarray(kvChunkHeaderBytes), seed, crc)
     return seed === crc && this.#local?.copy(found, found.sender) === true

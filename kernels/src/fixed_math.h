@@ -2,7 +2,7 @@
 //
 // Every result of the engine has to be the same bit for bit in the scalar reference, in AVX2 and in AVX-512, on every
 // machine and with every C library. So nothing here calls libm but `fma` and `sqrt`, which IEEE 754 defines exactly. The SIMD
-// forms (cpu/avx2_math.h) run these very steps lane by lane, with the constants below.
+// forms (cpu/avx2_math.h, cpu/avx512_math.h) run these very steps lane by lane, with the constants below.
 //
 // Everything is `static inline`: files compiled for different instruction sets must not share one out-of-line copy.
 #pragma once

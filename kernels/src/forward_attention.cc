@@ -10,8 +10,10 @@ namespace penstock {
 // How the work is divided changes no bit of it.
 void Forward::plan_attention(const std::vector<Segment>& segments) {
   // Rows of a task share each key and value that is read; few enough that tasks outnumber threads.
+  constexpr int kTaskRows = 48;
+  static_assert(kTaskRows <= kMostQueries);
   const int group = shape_.heads / shape_.kv_heads;
-  int tokens_per_task = std::clamp(48 / group, 1, 16);
+  int tokens_per_task = std::clamp(kTaskRows / group, 1, 16);
   while (tokens_per_task > 1 && rows_ * shape_.kv_heads < 8 * pool_.threads() * tokens_per_task) tokens_per_task /= 2;
   int longest = 0;
   for (const Segment& segment : segments) longest = std::max(longest, segment.position + segment.rows);

@@ -19,6 +19,7 @@ const models: Readonly<Record<string, TinyModelOptions>> = {
   "Q4_1 with a Q8_0 embedding": { types: { token_embd: "Q8_0", attn_q: "Q4_1", attn_k: "Q4_1", attn_v: "Q4_1", attn_output: "Q4_1", ffn_gate: "Q4_1", ffn_up: "Q4_1", ffn_down: "Q4_1" } },
   "Q4_0, three heads to a KV head": { types: "Q4_0", heads: 6, kvHeads: 2, hidden: 96, ffn: 160, tied: false },
   "Q8_0, one KV head": { types: "Q8_0", heads: 5, kvHeads: 1, headDim: 64, hidden: 64, ffn: 224, seed: 3 },
+  "Q4_0, forty heads to a KV head": { types: "Q4_0", heads: 40, kvHeads: 1, headDim: 16, hidden: 64, ffn: 96, seed: 5 },
   "F16, odd sizes": { types: "F16", heads: 3, kvHeads: 3, headDim: 10, hidden: 42, ffn: 50, vocabulary: 301, seed: 4 },
   "F32 and all others mixed": {
     types: { token_embd: "F16", output: "Q4_1", attn_q: "Q8_0", attn_k: "F32", attn_v: "Q4_0", ffn_gate: "F16", ffn_up: "Q4_1" },

@@ -1,5 +1,6 @@
 // AVX-512: attention of some query rows over one tile of keys. Same steps as avx2_attention.cc, in registers twice as wide: the
-// sixteen lanes of a sum are one register, as are the keys of a group.
+// sixteen lanes of a sum are one register, as are the keys of a group. Totals are merged straight from registers where all rows of
+// a run see the same keys.
 #include "avx512_kernels.h"
 #include "avx512_softmax.h"
 #include "row_runs.h"
@@ -88,7 +89,7 @@ void attend_rows(const KeyTile& tile, QueryRow* rows, int head_dim, float* scrat
   score<R>(tile, rows, head_dim, most, weights);
   float max[R], sum[R];
   for (int r = 0; r < R; ++r) weigh(weights + r * kTileTokens, rows[r].visible, &max[r], &sum[r]);
-  const MergeFactors factors(rows, R, max, sum);
+  const MergeFactors<R> factors(rows, max, sum);
 
   const auto zero = [](int, int) { return _mm512_setzero_ps(); };
   const auto merge = [&](int r, int d, __m512 total) { factors.merge(rows, r, d, total); };

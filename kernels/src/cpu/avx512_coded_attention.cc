@@ -187,7 +187,7 @@ void attend_bits(const KeyTile& tile, QueryRow* rows, int count, int head_dim, c
     for (; d + 64 <= head_dim; d += 64)
       add_values<R, 4>(scratch.codes, stride, most, d, weights, coded + first, scratch.totals);
     for (; d < head_dim; d += 16) add_values<R, 1>(scratch.codes, stride, most, d, weights, coded + first, scratch.totals);
-    const MergeFactors factors(rows + first, R, max + first, sum + first);
+    const MergeFactors<R> factors(rows + first, max + first, sum + first);
     for (int r = 0; r < R; ++r) {
       for (d = 0; d < head_dim; d += 16) factors.merge(rows + first, r, d, _mm512_loadu_ps(scratch.totals + r * kMostHeadDim + d));
     }

@@ -14,8 +14,8 @@ static inline float tree_sum16(__m512 lanes) {
       {_mm512_castps512_ps256(lanes), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(lanes), 1))});
 }
 
-// e^x for arguments up to 0, NaN included.
-static inline __m512 exp_of_negative(__m512 x) {
+// e^x for arguments up to `highest`, NaN included.
+static inline __m512 exp_up_to_highest(__m512 x) {
   using C = ExpConstants;
   const __m512 shift = _mm512_set1_ps(kRoundingShift);
   const __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(C::log2e), shift), shift);
@@ -34,7 +34,7 @@ static inline __m512 exp_of_negative(__m512 x) {
 
 static inline __m512 fixed_exp(__m512 x) {
   const __mmask16 beyond = _mm512_cmp_ps_mask(x, _mm512_set1_ps(ExpConstants::highest), _CMP_GT_OQ);
-  return _mm512_mask_mov_ps(exp_of_negative(x), beyond, _mm512_set1_ps(std::numeric_limits<float>::infinity()));
+  return _mm512_mask_mov_ps(exp_up_to_highest(x), beyond, _mm512_set1_ps(std::numeric_limits<float>::infinity()));
 }
 
 }  // namespace penstock::avx512

@@ -24,7 +24,7 @@ static inline void weigh(float* scores /* [kTileTokens] */, int visible, float* 
   const __m512 m = _mm512_set1_ps(max);
   __m512 sum = _mm512_setzero_ps();
   for (t = 0; t < visible; t += kGroupTokens) {
-    const __m512 weights = exp_of_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + t), m));
+    const __m512 weights = exp_up_to_highest(_mm512_sub_ps(_mm512_loadu_ps(scores + t), m));
     _mm512_storeu_ps(scores + t, weights);
     sum = _mm512_add_ps(sum, weights);
   }
@@ -32,27 +32,24 @@ static inline void weigh(float* scores /* [kTileTokens] */, int visible, float* 
   *sum_out = tree_sum16(sum);
 }
 
-// Kernels::merge for some rows, but for their totals: the greatest score and the sum of each become those of what came before
-// and of one tile, max and sum [count], and the factors are what the totals of both are multiplied with.
+// Kernels::merge for R rows, except their totals: the greatest score and the sum of each become those of what came before and of
+// one tile, max and sum [R], and the factors are what the totals of both are multiplied with.
+template <int R>
 struct MergeFactors {
-  alignas(64) float before[kMostQueries];
-  alignas(64) float tile[kMostQueries];
+  static_assert(R <= 16);
+  alignas(64) float before[16] = {};
+  alignas(64) float tile[16] = {};
 
-  MergeFactors(QueryRow* rows, int count, const float* max, const float* sum) {
-    float greatest[kMostQueries];
-    for (int r = 0; r < count; ++r) {
-      greatest[r] = max[r] > rows[r].max ? max[r] : rows[r].max;
-      before[r] = rows[r].max - greatest[r];
-      tile[r] = max[r] - greatest[r];
+  MergeFactors(QueryRow* rows, const float* max, const float* sum) {
+    for (int r = 0; r < R; ++r) {
+      const float greatest = max[r] > rows[r].max ? max[r] : rows[r].max;
+      before[r] = rows[r].max - greatest;
+      tile[r] = max[r] - greatest;
+      rows[r].max = greatest;
     }
-    for (int r = 0; r < count; r += 16) {  // what lies beyond `count` is not looked at
-      _mm512_store_ps(before + r, exp_of_negative(_mm512_load_ps(before + r)));
-      _mm512_store_ps(tile + r, exp_of_negative(_mm512_load_ps(tile + r)));
-    }
-    for (int r = 0; r < count; ++r) {
-      rows[r].sum = std::fma(rows[r].sum, before[r], sum[r] * tile[r]);
-      rows[r].max = greatest[r];
-    }
+    _mm512_store_ps(before, exp_up_to_highest(_mm512_load_ps(before)));
+    _mm512_store_ps(tile, exp_up_to_highest(_mm512_load_ps(tile)));
+    for (int r = 0; r < R; ++r) rows[r].sum = std::fma(rows[r].sum, before[r], sum[r] * tile[r]);
   }
 
   // Sixteen dimensions of row r.

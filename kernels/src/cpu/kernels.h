@@ -18,7 +18,8 @@ enum class InstructionSet { Reference, Avx2, Avx512 };
 enum class KvDtype { F16, Int8, Int4 };
 inline int kv_bits(KvDtype dtype) { return dtype == KvDtype::F16 ? 16 : dtype == KvDtype::Int8 ? 8 : 4; }
 
-// Rows quantised to int8 in blocks of 32: x = scale * value, value in -127 … 127.
+// Rows quantised to int8 in blocks of 32: x = scale * value, value in -127 … 127. Where a block's scale is not finite the rest of
+// it may be anything: what is computed from it is refused.
 struct QuantisedRow {
   int8_t* values;  // [inputs]
   float* scales;   // [inputs / 32]

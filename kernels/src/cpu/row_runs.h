@@ -1,8 +1,7 @@
-// Attention's query rows in runs whose sums fit into registers together.
+// Rows in runs whose sums fit into registers together.
 #pragma once
 
 #include <type_traits>
-#include <utility>
 
 namespace penstock {
 

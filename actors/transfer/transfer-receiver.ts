@@ -92,10 +92,7 @@ export class TransferReceiver {
     this.#cells = new Uint8Array(this.#missingCells)
     const { control, bulk, namespace, transferId } = options
     const chunks = transferSubject(namespace, transferId, "chunk")
-    const lost = () => {
-      this.close()
-      this.#outcome.reject(this.#fault("disconnected", "the connection was lost"))
-    }
+    const lost = () => this.#end(this.#fault("disconnected", "the connection was lost"))
     this.#subscriptions = [
       bulk.subscribe(chunks, ({ data }) => this.#chunk(data)),
       control.subscribe(transferSubject(namespace, transferId, "progress"), ({ data }) => this.#progress(data)),
@@ -125,6 +122,17 @@ export class TransferReceiver {
     this.#local?.close()
     clearInterval(this.#timer)
     for (const subscription of this.#subscriptions) subscription.unsubscribe()
+  }
+
+  /** The sender need not be told. */
+  #end(fault: Fault): void {
+    this.close()
+    this.#outcome.reject(fault)
+  }
+
+  /** Nothing more is taken; the sender is answered until it has heard how this ended. */
+  get #isDecided(): boolean {
+    return this.#complete || this.#failure !== undefined
   }
 
   #chunk(chunk: Uint8Array): void {
@@ -200,11 +208,8 @@ export class TransferReceiver {
     }
     const { chunks, closed, failure, final, first } = progress
     this.#heardAtMs = performance.now()
-    if (this.#complete || this.#failure !== undefined) return closed || failure !== undefined ? this.close() : this.#tell()
-    if (failure !== undefined) {
-      this.close()
-      return this.#outcome.reject(this.#fault("disconnected", failure))
-    }
+    if (this.#isDecided) return closed || failure !== undefined ? this.close() : this.#tell()
+    if (failure !== undefined) return this.#end(this.#fault("disconnected", failure))
     if (final) this.#first = first
     // Progress and chunks travel on different connections: what was sent is lost only when the sender says it again and
     // nothing has come in between.
@@ -254,14 +259,14 @@ export class TransferReceiver {
     if (this.#heardAtMs === undefined) return
     const silentMs = performance.now() - this.#heardAtMs
     if (silentMs <= limits.kvSilenceMs) return
-    if (this.#complete || this.#failure !== undefined) return this.close()
+    if (this.#isDecided) return this.close()
     this.fail(this.#fault("deadline_exceeded", `nothing came for ${Math.round(silentMs)} ms`))
   }
 
   #tell(): void {
     const { control, namespace, transferId } = this.#options
     this.#toldBytes = this.#bytes
-    const status = { bytes: this.#bytes, missing: this.#complete || this.#failure !== undefined ? [] : this.#missing(), complete: this.#complete, failure: this.#failure }
+    const status = { bytes: this.#bytes, missing: this.#isDecided ? [] : this.#missing(), complete: this.#complete, failure: this.#failure }
     try {
       control.publish(transferSubject(namespace, transferId, "status"), KvStatus.encode(status), { headers: { [header.version]: protocolVersion } })
     } catch {

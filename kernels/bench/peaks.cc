@@ -68,8 +68,7 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) double multiply_avx512(in
   return double(kLoops) * 12 * 64;
 }
 
-// A block of nibbles times int8 fits 16 bits, so that pairs are added in those. Written out, as the
-// compiler would multiply once.
+// A block of nibbles times int8 fits 16 bits, so that pairs are added in those. Written out, as the compiler would multiply once.
 __attribute__((target("avx2"))) double multiply_avx2(int) {
   __m256i sums[10], product;
   __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5);

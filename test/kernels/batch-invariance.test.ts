@@ -82,7 +82,7 @@ const invariance = (name: string, length: number, isas: ReadonlyArray<Instructio
           return bytes
         })
       })
-    }, 480_000)
+    }, 180_000)
 
     test.each(isas)("%s: in one chunk, and in random chunks, on 1, 2 and 3 threads", async (isa) => {
       for (const threads of [1, 2, 3]) {

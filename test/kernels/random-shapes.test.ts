@@ -132,4 +132,4 @@ it("a crowd in batches of 1 to 32 and chunks of 1 to 512 gets the bits that each
     }),
     { numRuns: 16, seed: 5, endOnFailure: true },
   )
-}, 480_000)
+})

@@ -23,7 +23,8 @@ export default defineConfig({
     testNamePattern: /^(?!.*(SmolLM2-135M|commits a large pool only where it is used))/,
     pool: "forks",
     maxWorkers: 2,
-    testTimeout: 120_000,
+    // The longest takes two minutes on two quiet cores.
+    testTimeout: 480_000,
     hookTimeout: 120_000,
     teardownTimeout: 10_000,
     reporters: ["default", ["./test/support/closing-line-reporter.ts", { file: "build/sanitize/counts.json" }]],

@@ -7,6 +7,7 @@
 //   many rows: a panel is unpacked once into scratch and then met by some rows at a time
 #include "avx2_kernels.h"
 #include "avx2_math.h"
+#include "row_runs.h"
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -235,10 +236,7 @@ template <class Weights>
 void in_fours(const uint8_t* panel, int blocks, const LinearInput& input, float* out, size_t out_stride, const uint8_t* ahead,
               size_t ahead_bytes) {
   const size_t share = ahead_bytes * 4 / input.rows;
-  using Tile = void (*)(const uint8_t* panel, int blocks, const Rows& rows, float* out, size_t out_stride);
-  constexpr Tile kTiles[4] = {tile<Weights, 1>, tile<Weights, 2>, tile<Weights, 3>, tile<Weights, 4>};
-  for (int row = 0; row < input.rows; row += 4) {
-    const int count = input.rows - row < 4 ? input.rows - row : 4;
+  in_runs<4>(input.rows, [&](auto run, int row) {
     for (size_t i = 0; i < share; i += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T1);
     ahead += share;
     const size_t block_row = row * input.block_stride;
@@ -248,8 +246,8 @@ void in_fours(const uint8_t* panel, int blocks, const LinearInput& input, float*
                        input.offsets + block_row,
                        input.sums + 2 * block_row,
                        input.block_stride};
-    kTiles[count - 1](panel, blocks, rows, out + row * out_stride, out_stride);
-  }
+    tile<Weights, decltype(run)::value>(panel, blocks, rows, out + row * out_stride, out_stride);
+  });
 }
 
 template <BlockFormat kFormat>

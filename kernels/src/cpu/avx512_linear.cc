@@ -4,8 +4,8 @@
 // exactly, so levels are unpacked on the way for any number of rows, eight of which share them. What a centre adds to a dot is
 // the centre times the sum of the block's values, and is taken off by itself.
 #include "avx2_kernels.h"
-#include "avx2_math.h"
 #include "avx512_kernels.h"
+#include "avx512_math.h"
 #include "row_runs.h"
 
 #define UNROLL _Pragma("GCC unroll 16")
@@ -40,10 +40,6 @@ inline __m512i broadcast_sums(const int16_t* from) {
 inline __m512i add_dots(__m512i dots, __m512i levels, const int8_t* from) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(dots) : "v"(levels), "m"(*reinterpret_cast<const int32_t*>(from)));
   return dots;
-}
-
-inline __m512 load_half16(const uint8_t* from) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
 inline __m512 load_bytes16(const uint8_t* from) {
@@ -167,7 +163,7 @@ struct Bfloat {
 };
 
 inline __m512 load_weights(const float* from) { return _mm512_load_ps(from); }
-inline __m512 load_weights(const uint16_t* from) { return load_half16(reinterpret_cast<const uint8_t*>(from)); }
+inline __m512 load_weights(const uint16_t* from) { return load_half16(from); }
 inline __m512 load_weights(const Bfloat* from) {
   const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));

@@ -5,8 +5,8 @@
 
 namespace penstock::avx512 {
 
-static inline __m512 load_half16(const uint16_t* from) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+static inline __m512 load_half16(const void* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
 }
 
 static inline float tree_sum16(__m512 lanes) {
